@@ -1,0 +1,140 @@
+"""The command line: one subcommand a method, its flags built from the method's config dataclass.
+
+A `--config` file is flags in YAML: its entries go through the same parser, before those of the command line.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxpost.errors import ConfigError, JaxpostError
+from jaxpost.options import nearest
+
+USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
+
+  sft        supervised fine-tuning
+  generate   complete prompts with a model
+
+jaxpost <command> --help lists its flags."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 2 configuration, 3 data, 77 not finite, 78 checkpoint.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    try:
+        return _run(argv[0], argv[1:])
+    except JaxpostError as error:
+        print(f"jaxpost: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("jaxpost: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(command: str, flags: list[str]) -> int:
+    # Quiet by default: these libraries warn about PyTorch and about tokenizers in forked workers.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from jaxpost.generate import GenerateConfig, run_generate
+    from jaxpost.trainer import METHODS, Trainer
+
+    if command == "generate":
+        run_generate(parse(GenerateConfig, command, flags))
+        return 0
+    if command not in METHODS:
+        known = (*METHODS, "generate")
+        raise ConfigError(f"unknown command {command!r}{nearest(command, known)}; known: {', '.join(known)}")
+    trainer = Trainer(METHODS[command], args=parse(METHODS[command].config, command, flags))
+    trainer.train()
+    return 0
+
+
+def parse(config_class: Any, command: str, flags: list[str]) -> Any:
+    """Flags (and the file given with --config) -> an instance of the config dataclass.
+
+    Raises:
+        ConfigError: unknown flag or key (the nearest one is named), or a value of the wrong type.
+    """
+    from transformers.hf_argparser import HfArgumentParser
+
+    parser = HfArgumentParser(config_class, prog=f"jaxpost {command}", allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with the same flags; the command line wins.")
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+
+    def refuse(message: str) -> Any:
+        raise ConfigError(f"{command}: {message}")
+
+    parser.error = refuse
+    file, flags = _take_config(flags, command)
+    config, *_, unknown = parser.parse_args_into_dataclasses(
+        args=[*(_file_flags(Path(file), known) if file else []), *flags], return_remaining_strings=True
+    )
+    if unknown:
+        name = next((word for word in unknown if word.startswith("-")), unknown[0])
+        raise ConfigError(f"{command}: unknown flag {name}{_nearest_flag(name, known)}; see jaxpost {command} --help")
+    return config
+
+
+def _nearest_flag(name: str, known: set[str]) -> str:
+    return nearest(name, [f"--{flag}" for flag in known])
+
+
+def _take_config(flags: list[str], command: str) -> tuple[str | None, list[str]]:
+    """Split `--config FILE` (or `--config=FILE`) from the other flags."""
+    rest, file = [], None
+    words = iter(flags)
+    for word in words:
+        if word == "--config":
+            file = next(words, None)
+            if file is None:
+                raise ConfigError(f"{command}: --config needs a file")
+        elif word.startswith("--config="):
+            file = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    return file, rest
+
+
+def _file_flags(path: Path, known: set[str]) -> list[str]:
+    """The entries of a YAML file as command-line words, so that both are converted by one parser.
+
+    The scalars are taken as written: `1e-5` is not yet a string and `no` not yet a boolean.
+    """
+    import yaml
+
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"--config {path}: expected a mapping of flags to values")
+    flags: list[str] = []
+    seen: set[str] = set()
+    for key_node, value_node in root.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key in seen:
+            raise ConfigError(f"--config {path}, line {line}: {key!r} is given twice")
+        seen.add(key)
+        if key not in known:
+            raise ConfigError(f"--config {path}, line {line}: unknown key {key!r}{nearest(key, known)}")
+        values = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+        if not all(isinstance(value, yaml.ScalarNode) for value in values):
+            raise ConfigError(f"--config {path}, line {line}: {key!r} must be a value or a list of values")
+        if isinstance(value_node, yaml.ScalarNode) and value_node.tag == "tag:yaml.org,2002:null":
+            continue
+        # `--key=value` keeps a leading minus sign from looking like a flag; argparse takes lists only apart.
+        words = [value.value for value in values]
+        flags += [f"--{key}={words[0]}"] if isinstance(value_node, yaml.ScalarNode) else [f"--{key}", *words]
+    return flags

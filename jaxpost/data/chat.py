@@ -1,0 +1,300 @@
+"""Typed rows to token ids and loss masks: chat templates, what is trained, truncation. The rules are TRL's for SFT."""
+
+import logging
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxpost.data.formats import Block, blocks, detect_type, is_conversational, language_modeling_column, one_line
+from jaxpost.errors import ConfigError, DataError
+from jaxpost.options import one_of, option
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    Rows = Dataset | Sequence[Mapping[str, Any]]
+
+logger = logging.getLogger(__name__)
+
+_Encoded = list[tuple[np.ndarray, np.ndarray]]  # int32 [T] tokens and bool [T] loss mask of each row
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TEMPLATE_REMEDY = "give one with --chat_template_path (a .jinja file, or a model that has one)"
+
+
+class Example(NamedTuple):
+    """One row, ready to be padded.
+
+    Attributes:
+        tokens: int32 [T].
+        loss_mask: bool [T]; True where this token is a training target, predicted from the tokens before it. The first
+            token has none before it, so it is never one.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+
+
+class Counts(NamedTuple):
+    """What became of the rows: `kept` + `dropped` (no target left) are all; `truncated` of the kept were cut."""
+
+    kept: int
+    dropped: int
+    truncated: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTDataConfig:
+    """How rows become tokens; TRL's names and defaults."""
+
+    dataset_text_field: str = option("text", "column that holds the text of a language-modelling row")
+    max_length: int | None = option(1024, "tokens a row may have; longer rows are cut, null for no limit")
+    truncation_mode: str = option("keep_start", "which end of a row over max_length to keep: keep_start, keep_end")
+    completion_only_loss: bool | None = option(None, "train on the completion only; null: where rows have a completion")
+    assistant_only_loss: bool = option(False, "train on assistant turns only ({% generation %} in the chat template)")
+    eos_token: str | None = option(None, "end-of-sequence token to use in place of the tokenizer's")
+    pad_token: str | None = option(None, "padding token to use in place of the tokenizer's")
+    chat_template_path: str | None = option(None, "a .jinja file, or a model whose chat template to use")
+
+    def __post_init__(self) -> None:
+        one_of("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"max_length is {self.max_length}; a row needs at least 2 tokens to train on")
+
+
+class _Rule(NamedTuple):
+    """How the rows of one dataset are read: its type, the column that shows it, whether that holds messages."""
+
+    kind: str
+    column: str
+    conversational: bool
+    config: SFTDataConfig
+    tokenizer: "Tokenizer"
+    vocab_size: int
+
+
+def prepare_tokenizer(tokenizer: "Tokenizer", config: SFTDataConfig) -> "Tokenizer":
+    """Set the tokenizer's chat template, EOS and pad token, in place, as the config says; without a pad token EOS pads.
+
+    Raises:
+        ConfigError: a token is not in the vocabulary, or there is neither a pad nor an EOS token, or no such template.
+    """
+    if config.chat_template_path is not None:
+        _set_template(tokenizer, config.chat_template_path)
+    for flag, token in (("eos_token", config.eos_token), ("pad_token", config.pad_token)):
+        if token is not None and token not in tokenizer.get_vocab():
+            raise ConfigError(f"{flag} {token!r} is not in the tokenizer's vocabulary; name a token that is")
+    tokenizer.eos_token = config.eos_token or tokenizer.eos_token
+    tokenizer.pad_token = config.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError("the tokenizer has neither a pad nor an EOS token; name one with --pad_token or --eos_token")
+    return tokenizer
+
+
+def encode_rows(
+    rows: "Rows", tokenizer: "Tokenizer", config: SFTDataConfig, *, vocab_size: int, name: str = "the dataset"
+) -> tuple[list[Example], Counts]:
+    """Tokenise rows of any type but prompt-only, in order, and drop those without a trained token.
+
+    Standard text and completions get the EOS text if they lack it; messages go through the chat template. `vocab_size`
+    is the number of embedding rows. `name` stands in messages, where rows are counted from 1.
+
+    Raises:
+        DataError: no rows, wrong columns, a bad cell, or nothing left to train on.
+        ConfigError: an option, the tokenizer or its chat template does not fit the rows.
+    """
+    if tokenizer.pad_token_id is not None:
+        _check_ids(np.array([tokenizer.pad_token_id]), tokenizer, vocab_size, "padding (--pad_token)")
+    examples, rule, limit, truncated, mismatched = [], None, config.max_length or sys.maxsize, 0, 0
+    for block in blocks(rows, name):
+        rule = rule or _rule(block, tokenizer, config, vocab_size)
+        encoded = _encode_tokenized(block, rule) if rule.kind == "tokenized" else _encode_whole(block, rule)
+        if rule.kind == "prompt_completion" and config.completion_only_loss is not False:
+            mismatched += _mask_prompts(encoded, block, rule)
+        for i, (tokens, loss_mask) in enumerate(encoded):
+            _check_ids(tokens, tokenizer, vocab_size, f"{name}, row {block.first + i + 1}")
+            if cut := len(tokens) > limit:
+                kept = slice(limit) if config.truncation_mode == "keep_start" else slice(-limit, None)
+                tokens, loss_mask = tokens[kept].copy(), loss_mask[kept].copy()
+            loss_mask[:1] = False
+            if loss_mask.any():
+                examples.append(Example(tokens, loss_mask))
+                truncated += cut
+    if not examples:
+        found = f"{name}: none of the {len(rows)} rows has a token to train on within max_length {config.max_length}"
+        raise DataError(f"{found} ({config.truncation_mode}); raise --max_length or check what is masked")
+    if mismatched:
+        found = f"{name}: {mismatched} of {len(rows)} prompts are not the first tokens of their prompt + completion"
+        logger.warning(f"{found}; there the completion starts where they part, not where generation would start")
+    return examples, Counts(len(examples), len(rows) - len(examples), truncated)
+
+
+def encode_prompt(
+    prompt: str | list[dict], tokenizer: "Tokenizer", *, vocab_size: int, name: str = "the dataset", row: int = 0
+) -> np.ndarray:
+    """Token ids int32 [T] of a prompt to generate from: text as it is, or messages up to the assistant's turn.
+
+    Messages that end with an assistant's are left open for the model to continue. `row` counts from 0.
+
+    Raises:
+        DataError: the prompt is not text or messages, or has no tokens.
+        ConfigError: there is no chat template, or an id is not below `vocab_size`.
+    """
+    block = Block({"prompt": [prompt]}, row, name)
+    if isinstance(prompt, str):
+        [(tokens, _)] = _tokenize([prompt], tokenizer)
+    else:
+        messages = block.messages("prompt")
+        ends = "continue_final_message" if messages[0][-1]["role"] == "assistant" else "add_generation_prompt"
+        texts, _ = _render(messages, tokenizer, block, "prompt", **{ends: True})
+        [(tokens, _)] = _tokenize(texts, tokenizer, special=False)
+    if len(tokens) == 0:
+        raise DataError(f"{block.where(0, 'prompt')} has no tokens to generate from")
+    _check_ids(tokens, tokenizer, vocab_size, block.where(0, "prompt"))
+    return tokens
+
+
+def _rule(block: Block, tokenizer: "Tokenizer", config: SFTDataConfig, vocab_size: int) -> _Rule:
+    """Find the type of the rows from the first block and check that the options fit it."""
+    first_row, name = {column: values[0] for column, values in block.columns.items()}, block.name
+    kind, column = detect_type(list(first_row), first_row, config.dataset_text_field, name), "prompt"
+    if kind == "prompt_only":
+        raise DataError(f"{name} has no column 'completion' to train on beside 'prompt'; found {', '.join(first_row)}")
+    if kind == "tokenized":
+        wanted = {"completion_mask": config.completion_only_loss, "assistant_masks": config.assistant_only_loss}
+        for mask in (m for m in wanted if wanted[m] and m not in first_row and "labels" not in first_row):
+            raise ConfigError(f"{name} needs a column {mask!r} or 'labels' to train on only that part of 'input_ids'")
+        if config.completion_only_loss is None and "completion_mask" in first_row and "labels" not in first_row:
+            logger.warning(f"{name}: completion_mask does not count; for that set completion_only_loss to true")
+        return _Rule(kind, "input_ids", False, config, tokenizer, vocab_size)
+    if kind == "language_modeling":
+        column = language_modeling_column(list(first_row), first_row, config.dataset_text_field) or column
+        if config.completion_only_loss:
+            raise ConfigError(f"completion_only_loss needs columns 'prompt' and 'completion'; {name} has {column!r}")
+    conversational = is_conversational(first_row[column])
+    if config.assistant_only_loss:
+        if not conversational:
+            raise ConfigError(f"assistant_only_loss needs messages with roles, not the text of column {column!r}")
+        if not GENERATION.search(_template(tokenizer)):
+            raise ConfigError(f"assistant_only_loss needs a chat template with {{% generation %}}; {TEMPLATE_REMEDY}")
+        if not tokenizer.is_fast:
+            raise ConfigError("assistant_only_loss needs a fast tokenizer (tokenizer.json)")
+    if not conversational and tokenizer.eos_token is None:
+        raise ConfigError("the tokenizer has no EOS token to end the text with; name one with --eos_token")
+    return _Rule(kind, column, conversational, config, tokenizer, vocab_size)
+
+
+def _encode_tokenized(block: Block, rule: _Rule) -> _Encoded:
+    """Rows that bring their ids: `labels` decide as they are, else the masks do, `completion_mask` only when asked."""
+    masks = ("completion_mask", "assistant_masks") if rule.config.completion_only_loss else ("assistant_masks",)
+    encoded = []
+    for i in range(len(block.columns["input_ids"])):
+        ids = block.integers("input_ids", i, rule.vocab_size)
+        if "labels" in block.columns:
+            mask = block.label_mask(i, ids, rule.vocab_size)
+        else:
+            mask = np.ones(len(ids), bool)
+            for column in set(masks) & set(block.columns):
+                mask &= block.integers(column, i, 2, len(ids)) == 1
+        encoded.append((ids.astype(np.int32), mask))
+    return encoded
+
+
+def _encode_whole(block: Block, rule: _Rule) -> _Encoded:
+    """Whole rows, trained throughout, or within {% generation %} if assistant_only_loss."""
+    columns = ["prompt", "completion"] if rule.kind == "prompt_completion" else [rule.column]
+    if rule.conversational:
+        parts = zip(*(block.messages(column) for column in columns), strict=True)
+        whole = [[message for part in row for message in part] for row in parts]
+        texts, spans = _render(whole, rule.tokenizer, block, columns[-1], track=rule.config.assistant_only_loss)
+        return _tokenize(texts, rule.tokenizer, special=False, spans=spans)
+    eos, parts = str(rule.tokenizer.eos_token), zip(*(block.texts(column) for column in columns), strict=True)
+    return _tokenize(["".join(row) + ("" if row[-1].endswith(eos) else eos) for row in parts], rule.tokenizer)
+
+
+def _mask_prompts(encoded: _Encoded, block: Block, rule: _Rule) -> int:
+    """Clear the masks up to the completion: tokens shared with the prompt alone. Returns how many prompts differ."""
+    prompts, differing = block.columns["prompt"], 0
+    if rule.conversational:
+        prompts, _ = _render(block.messages("prompt"), rule.tokenizer, block, "prompt", add_generation_prompt=True)
+    alone = _tokenize(prompts, rule.tokenizer, special=not rule.conversational)
+    for (prompt, _), (ids, mask) in zip(alone, encoded, strict=True):
+        shared = min(len(prompt), len(ids))
+        start = int(np.argmin(np.append(prompt[:shared] == ids[:shared], False)))  # where they part
+        differing += start < len(prompt)
+        mask[:start] = False
+    return differing
+
+
+def _tokenize(texts: list[str], tokenizer: "Tokenizer", special: bool = True, spans: list | None = None) -> _Encoded:
+    """Whole texts as tokens, with BOS and the like if `special`; `spans`, if given, are the trained characters."""
+    encoding = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=spans is not None, verbose=False)
+    tokens = [np.array(ids, np.int32) for ids in encoding["input_ids"]]
+    masks = [np.full(len(ids), spans is None) for ids in tokens]
+    for mask, row_spans, offsets in zip(masks, spans, encoding["offset_mapping"], strict=True) if spans else ():
+        starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+        for start, end in row_spans:  # a token that shares a character with the span belongs to it
+            mask |= (starts < end) & (ends > start)
+    return list(zip(tokens, masks, strict=True))
+
+
+def _render(
+    chats: list[list[dict]], tokenizer: "Tokenizer", block: Block, column: str, track: bool = False, **kwargs: Any
+) -> tuple[list[str], list[list[tuple[int, int]]] | None]:
+    """The text of each conversation and, if `track`, the character ranges of its {% generation %} blocks."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template, texts, spans = _template(tokenizer), [], []
+    special: dict[str, Any] = tokenizer.special_tokens_map
+    for i, chat in enumerate(chats):
+        try:
+            if track:
+                found = render_jinja_template([chat], None, None, template, True, **special)
+                texts += found[0]
+                spans += found[1]
+            else:
+                texts.append(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"line {error.lineno} of the chat template is not Jinja: {one_line(error)}") from error
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"{block.where(i, column)}: the chat template refuses it: {one_line(error)}") from error
+    return texts, spans if track else None
+
+
+def _template(tokenizer: "Tokenizer") -> str:
+    """The tokenizer's (default) chat template."""
+    template = named.get("default") if isinstance(named := tokenizer.chat_template, dict) else named
+    if not template:
+        raise ConfigError(f"the tokenizer has no chat template, and the rows hold messages; {TEMPLATE_REMEDY}")
+    return template
+
+
+def _set_template(tokenizer: "Tokenizer", source: str) -> None:
+    """Take the template from a file, or template and EOS token from another model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    if Path(source).is_file():
+        tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
+        return
+    try:
+        other = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat_template_path {source!r} is neither a file nor a model: {one_line(error)}") from error
+    template = _template(other)
+    needed = {*(token for token in other.get_added_vocab() if token in template), other.eos_token} - {None}
+    if missing := sorted(needed - set(tokenizer.get_vocab())):
+        raise ConfigError(f"the chat template of {source!r} needs tokens that this tokenizer lacks: {missing}")
+    tokenizer.chat_template, tokenizer.eos_token = template, other.eos_token or tokenizer.eos_token
+
+
+def _check_ids(ids: np.ndarray, tokenizer: "Tokenizer", vocab_size: int, what: str) -> None:
+    """Raise if the tokenizer gives an id that the model has no embedding for."""
+    if len(ids) and ids.max() >= vocab_size:
+        found = f"{what}: token id {ids.max()} from a tokenizer of {len(tokenizer)} tokens"
+        raise ConfigError(f"{found}, but the model has {vocab_size} embedding rows; use the model's own tokenizer")

@@ -1,0 +1,31 @@
+"""What a user can get wrong. Each error is one line with the remedy and knows the process's exit code."""
+
+
+class JaxpostError(ValueError):
+    """Base of every error that jaxpost raises on purpose; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(JaxpostError):
+    """A flag, a model or a combination of them that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(JaxpostError):
+    """A dataset, a row or a column that cannot be used."""
+
+    exit_code = 3
+
+
+class NonFiniteError(JaxpostError):
+    """The loss or the gradient is not a number."""
+
+    exit_code = 77
+
+
+class CheckpointError(JaxpostError):
+    """A checkpoint cannot be written or read."""
+
+    exit_code = 78

@@ -1,0 +1,89 @@
+"""`jaxpost generate`: a file of prompts in, a JSON Lines file of completions out, in order."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxpost.data.chat import encode_prompt
+from jaxpost.data.formats import load_rows
+from jaxpost.errors import ConfigError, DataError
+from jaxpost.models.checkpoint import open_checkpoint
+from jaxpost.models.config import Compute
+from jaxpost.models.hf import load
+from jaxpost.options import option
+from jaxpost.rl.generate import generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Flags of `jaxpost generate`."""
+
+    model_name_or_path: str | None = option(None, "Hub id, local Hugging Face folder or .gguf file.")
+    dataset_name: str | None = option(None, "Prompts: a .jsonl, .json or .parquet file, folder or hub id.")
+    dataset_split: str = option("train", "Split of the dataset.")
+    output_file: str | None = option(None, "JSON Lines file to write; the terminal by default.")
+    max_new_tokens: int = option(256, "Longest completion, in tokens.")
+    temperature: float = option(1.0, "Softmax temperature; 0 is greedy.")
+    seed: int = option(0, "Same seed, same completions.")
+    batch_size: int = option(16, "Prompts decoded together.")
+    dtype: str = option("float32", "Parameters and computation: float32, bfloat16 or float16.")
+
+
+def run_generate(config: GenerateConfig) -> None:
+    """Complete every prompt of a dataset.
+
+    Raises:
+        ConfigError, DataError: a flag, the model or a row cannot be used; nothing is written.
+    """
+    for name in ("model_name_or_path", "dataset_name"):
+        if vars(config)[name] is None:
+            raise ConfigError(f"generate needs --{name}")
+    rows = load_rows(str(config.dataset_name), config.dataset_split)
+    if "prompt" not in rows.column_names:
+        raise DataError(f"{config.dataset_name}: no column 'prompt'; columns: {', '.join(rows.column_names)}")
+    checkpoint = open_checkpoint(str(config.model_name_or_path))
+    tokenizer = checkpoint.tokenizer()
+    vocab_size = int(checkpoint.config["vocab_size"])
+    prompts = [
+        encode_prompt(prompt, tokenizer, vocab_size=vocab_size, name=str(config.dataset_name), row=row)
+        for row, prompt in enumerate(rows["prompt"])
+    ]
+    model = load(checkpoint, str(config.model_name_or_path), dtype=config.dtype, compute=Compute(dtype=config.dtype))
+    completions = generate(
+        model,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        eos_ids=eos_ids(checkpoint.generation_config, tokenizer),
+        temperature=config.temperature,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    lines = [
+        json.dumps(
+            {
+                "prompt": prompt,
+                "completion": tokenizer.decode(completion.tokens, skip_special_tokens=True),
+                "completion_ids": completion.tokens,
+                "logprobs": completion.logps,
+            },
+            ensure_ascii=False,
+        )
+        for prompt, completion in zip(rows["prompt"], completions, strict=True)
+    ]
+    if config.output_file is None:
+        print("\n".join(lines))
+        return
+    target = Path(config.output_file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.writing")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, target)
+
+
+def eos_ids(generation_config: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Every id that ends a completion: those of the generation config and the tokenizer's own."""
+    listed = generation_config.get("eos_token_id")
+    ids = listed if isinstance(listed, list) else [listed]
+    return sorted({id for id in [*ids, tokenizer.eos_token_id] if id is not None})

@@ -1,0 +1,154 @@
+"""Per-token log-probabilities and entropy without ever holding `[B, T, V]` logits.
+
+Hidden states are scored in chunks along T. The scored positions of each row are moved to the front first, so chunks
+that hold none (prompts, padding) cost nothing. The backward pass computes each chunk's logits again, as in Wijmans et
+al., 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from jaxpost.objectives.base import Batch, Model
+from jaxpost.sharding import batch_groups, constrain
+
+CHUNK_BYTES = 64 * 2**20  # of float32 logits on a device
+
+
+class TokenScores(NamedTuple):
+    """What a model says of given tokens; 0 where the mask is 0.
+
+    Attributes:
+        logps: log-probability of each target, nats.
+        entropy: of the whole distribution, nats; carries no gradient unless asked for.
+        top: 1 where the target is the most probable token; carries no gradient.
+    """
+
+    logps: Float[Array, "B T"]
+    entropy: Float[Array, "B T"]
+    top: Float[Array, "B T"]
+
+
+def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """The target of each position and whether it is trained; nothing is predicted across documents."""
+    targets, mask, segments = (jnp.roll(batch[name], -1, axis=1) for name in ("tokens", "loss_mask", "segments"))
+    last = jnp.arange(targets.shape[1]) == targets.shape[1] - 1
+    return targets, (mask > 0) & (segments == batch["segments"]) & ~last
+
+
+def score_batch(model: Model, batch: Batch) -> tuple[TokenScores, Bool[Array, "B T"]]:
+    """Run the model over a batch and score its trained tokens; position t scores token t + 1."""
+    targets, mask = next_tokens(batch)
+    h = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+    return score_tokens(model, h, targets, mask), mask
+
+
+def score_tokens(
+    model: Model,
+    h: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    chunk: int | None = None,
+) -> TokenScores:
+    """Log-probability and entropy of `targets` under `softmax(unembed(h) / temperature)`.
+
+    Args:
+        model: only its `unembed` is used.
+        h: hidden states.
+        targets: one token id a position.
+        mask: positions to score; the others are 0 and cost nothing.
+        temperature: divides the logits.
+        entropy_gradient: let gradients flow through the entropy.
+        chunk: positions of each row scored at a time; by default what CHUNK_BYTES holds.
+    """
+    batch, length, _ = h.shape
+    width = jax.eval_shape(model.unembed, h[:, :1]).shape[-1]
+    size = min(length, chunk or _chunk_positions(batch, width))
+    room = -length % size
+    h, targets, mask = (jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2)) for x in (h, targets, mask))
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    h = constrain(jnp.take_along_axis(h, order[:, :, None], axis=1), "batch", None, None)
+    chunks = (jnp.max(jnp.sum(mask, axis=1)) + size - 1) // size
+    # The weights behind `unembed` become arguments, so that only they get a gradient here.
+    unembed, weights = jax.closure_convert(model.unembed, h[:, :size])
+    score = partial(_score_chunk, unembed, temperature, entropy_gradient)
+    scores = _score_chunks(score, size, weights, h, jnp.take_along_axis(targets, order, axis=1), chunks)
+    back = jnp.argsort(order, axis=1)
+    return TokenScores(*(jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)[:, :length] for x in scores))
+
+
+def _chunk_positions(batch: int, vocab_size: int) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = max(1, batch // (1 if mesh.empty else batch_groups(mesh)))
+    return max(1, CHUNK_BYTES // (4 * rows * vocab_size))
+
+
+def _score_chunk(
+    unembed: Callable[..., Array],
+    temperature: float,
+    entropy_gradient: bool,
+    weights: list[Array],
+    h: Float[Array, "B C D"],
+    targets: Int[Array, "B C"],
+) -> TokenScores:
+    logits = unembed(h, *weights).astype(jnp.float32) / temperature
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    peak = lax.stop_gradient(jnp.max(logits, axis=-1))
+    shifted = jnp.exp(logits - peak[..., None])
+    mass = jnp.sum(shifted, axis=-1)
+    normalizer = peak + jnp.log(mass)
+    entropy = normalizer - jnp.sum(shifted * logits, axis=-1) / mass
+    if not entropy_gradient:
+        entropy = lax.stop_gradient(entropy)
+    return TokenScores(chosen - normalizer, entropy, lax.stop_gradient((chosen >= peak).astype(jnp.float32)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _score_chunks(
+    score: Callable[..., TokenScores], size: int, weights: list[Array], h: Array, targets: Array, chunks: Array
+) -> TokenScores:
+    """Score the first `chunks` chunks of `size` positions; the number is only known at run time."""
+
+    def body(index: Array, scores: TokenScores) -> TokenScores:
+        part = score(weights, _window(h, index, size), _window(targets, index, size))
+        return jax.tree.map(lambda whole, new: _put_window(whole, new, index, size), scores, part)
+
+    empty = jnp.zeros(targets.shape, jnp.float32)
+    return lax.fori_loop(0, chunks, body, TokenScores(empty, empty, empty))
+
+
+def _forward(score: Any, size: int, weights: Any, h: Any, targets: Any, chunks: Any) -> tuple[TokenScores, tuple]:
+    return _score_chunks(score, size, weights, h, targets, chunks), (weights, h, targets, chunks)
+
+
+def _backward(score: Any, size: int, saved: tuple, cotangents: TokenScores) -> tuple:
+    weights, h, targets, chunks = saved
+
+    def body(index: Array, gradients: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
+        of_weights, of_h = gradients
+        _, pull = jax.vjp(lambda w, x: score(w, x, _window(targets, index, size)), weights, _window(h, index, size))
+        new_weights, new_h = pull(jax.tree.map(lambda c: _window(c, index, size), cotangents))
+        return jax.tree.map(jnp.add, of_weights, new_weights), _put_window(of_h, new_h, index, size)
+
+    start = (jax.tree.map(jnp.zeros_like, weights), jnp.zeros_like(h))
+    of_weights, of_h = lax.fori_loop(0, chunks, body, start)
+    return of_weights, of_h, None, None
+
+
+_score_chunks.defvjp(_forward, _backward)
+
+
+def _window(x: Array, index: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
+
+
+def _put_window(whole: Array, part: Array, index: Array, size: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=1)

@@ -1,0 +1,49 @@
+"""How a config field is declared: once, with its default and its help, beside the code that reads it."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from jaxpost.errors import ConfigError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the help text that the command line shows.
+
+    Args:
+        default: the default value; a list is copied for each instance.
+        help: one line for `--help`.
+    """
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def one_of(name: str, value: str, choices: list[str] | tuple[str, ...]) -> str:
+    """Return `value` if it is among `choices`.
+
+    Raises:
+        ConfigError: names the field, the value, the nearest choice and all choices.
+    """
+    if value in choices:
+        return value
+    raise ConfigError(f"{name} is {value!r}{nearest(value, choices)}; it takes one of: {', '.join(choices)}")
+
+
+def nearest(word: str, candidates: Any) -> str:
+    """Return ` (did you mean 'x'?)` for the candidate closest to `word`, or an empty string."""
+    matches = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def check_parts(config: Any) -> None:
+    """Run the checks of every part that a flat config is composed of: the `__post_init__` of the composed class."""
+    for part in type(config).__mro__:
+        if part.__bases__ == (object,) and "__post_init__" in vars(part):
+            part.__post_init__(config)
+
+
+def part_of(config: Any, part: type) -> Any:
+    """An instance of the dataclass `part`, filled from the fields of the same names in `config`."""
+    return part(**{field.name: getattr(config, field.name) for field in dataclasses.fields(part)})

@@ -1,0 +1,108 @@
+"""Checkpoints of a run: Orbax, asynchronous, one unit of state at step boundaries."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxpost.errors import CheckpointError, ConfigError
+from jaxpost.options import one_of, option
+from jaxpost.sharding import path_of
+from jaxpost.train.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and whether to continue."""
+
+    save_strategy: str = option("steps", "Save never (no), every save_steps (steps) or after each epoch (epoch).")
+    save_steps: int = option(500, "Steps between checkpoints.")
+    save_total_limit: int | None = option(None, "How many checkpoints to keep; older ones are deleted.")
+    resume_from_checkpoint: str | None = option(None, "Continue the run in output_dir: true or latest, or a step.")
+
+    def __post_init__(self) -> None:
+        one_of("save_strategy", self.save_strategy, ("no", "steps", "epoch"))
+        for name in ("save_steps", "save_total_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        self.folder = folder
+        self.config = config
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.save_total_limit, create=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, state: TrainState, step: int, facts: dict[str, Any]) -> None:
+        """Start saving; training goes on while the files are written.
+
+        Args:
+            state: trainable parameters, optimizer and step are saved; frozen arrays come from the base model.
+            step: the state's step.
+            facts: small JSON values that must survive with it, and that a resumed run must agree with.
+        """
+        if self._manager.latest_step() == step:
+            return
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(_saved(state)), facts=ocp.args.JsonSave(facts))
+        )
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The state to continue from, or None for a fresh run.
+
+        Args:
+            state: a fresh state: gives shapes, dtypes and layout, and the frozen arrays.
+
+        Raises:
+            ConfigError: the folder holds a run and nobody asked to continue it, or there is no such step.
+            CheckpointError: the checkpoint does not fit this model and optimizer.
+        """
+        steps = sorted(self._manager.all_steps())
+        asked = self.config.resume_from_checkpoint
+        if asked in (None, "", "false", "False"):
+            if steps:
+                raise ConfigError(
+                    f"{self.folder.parent} holds a run at step {steps[-1]}: continue it with "
+                    "--resume_from_checkpoint true, or give another --output_dir"
+                )
+            return None
+        step = self._step(str(asked), steps)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=args)
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{self.folder / str(step)} cannot be restored: {reason}") from error
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored.state):
+            if not isinstance(leaf, jax.Array):
+                raise CheckpointError(f"{self.folder / str(step)} lacks {path_of(path)}")
+        return dataclasses.replace(state, **restored.state), restored.facts
+
+    def _step(self, asked: str, steps: list[int]) -> int:
+        if not steps:
+            raise ConfigError(f"--resume_from_checkpoint {asked}: {self.folder} holds no checkpoint")
+        if asked.lower() in ("true", "latest"):
+            return steps[-1]
+        if not asked.isdigit() or int(asked) not in steps:
+            raise ConfigError(f"--resume_from_checkpoint {asked}: it takes true, latest or one of the steps {steps}")
+        return int(asked)
+
+    def wait(self) -> None:
+        """Block until the last save is on disk; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}

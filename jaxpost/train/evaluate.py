@@ -1,0 +1,50 @@
+"""Held-out loss and metrics: exact means over the whole set, whatever the batches."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxpost.errors import ConfigError
+from jaxpost.metrics import Mean
+from jaxpost.objectives.base import Batch, Objective
+from jaxpost.options import one_of, option
+from jaxpost.train.state import TrainState, merge
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """When to evaluate."""
+
+    eval_strategy: str = option("no", "Evaluate never (no), every eval_steps (steps) or after each epoch (epoch).")
+    eval_steps: int | None = option(None, "Steps between evaluations; logging_steps by default.")
+
+    def __post_init__(self) -> None:
+        one_of("eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))
+        if self.eval_steps is not None and self.eval_steps < 1:
+            raise ConfigError(f"eval_steps is {self.eval_steps}; it must be at least 1")
+
+
+def make_eval_step(objective: Objective, graphdef: Any) -> Callable[[TrainState, Batch], dict[str, Mean]]:
+    """Compile-ready forward pass: the loss and the metrics of a batch."""
+
+    def step(params: Any, frozen: Any, batch: Batch) -> dict[str, Mean]:
+        loss, metrics = objective.loss(merge(graphdef, params, frozen), batch)
+        return {"loss": loss, **metrics}
+
+    compiled = jax.jit(step)
+    return lambda state, batch: compiled(state.params, state.frozen, batch)
+
+
+def evaluate(
+    state: TrainState, step: Callable[[TrainState, Batch], dict[str, Mean]], batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Means over all batches, named `eval_loss`, `eval_entropy`, ..."""
+    totals: dict[str, list[float]] = {}
+    for batch in batches:
+        for name, mean in jax.device_get(step(state, batch)).items():
+            entry = totals.setdefault(name, [0.0, 0.0])
+            entry[0] += float(mean.total)
+            entry[1] += float(mean.count)
+    return {f"eval_{name}": total / count if count else 0.0 for name, (total, count) in totals.items()}

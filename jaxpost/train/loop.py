@@ -1,0 +1,195 @@
+"""The loop: the one place where steps follow each other. It knows no objective, model or dataset by name."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+
+from jaxpost.errors import ConfigError, NonFiniteError
+from jaxpost.objectives.base import Batch
+from jaxpost.options import option
+from jaxpost.train.state import TrainState
+from jaxpost.train.step import StepReport
+
+MAX_NONFINITE = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train."""
+
+    num_train_epochs: float = option(3.0, "Passes over the data; max_steps overrides it.")
+    max_steps: int = option(-1, "Optimizer steps; -1 to go by num_train_epochs.")
+    seed: int = option(42, "Seed of everything random in the run.")
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ConfigError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 to go by num_train_epochs")
+        if self.num_train_epochs <= 0:
+            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
+
+
+class Log(Protocol):
+    """What the loop tells the world; see `train.logging.RunLog`."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def progress(self, step: int, loss: float | None, tokens_per_second: float | None) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which steps do what; None for never."""
+
+    total_steps: int
+    steps_per_epoch: int
+    log_every: int
+    log_first: bool = False
+    evaluate_every: int | None = None
+    save_every: int | None = None
+
+    def logs(self, step: int) -> bool:
+        return step % self.log_every == 0 or step == self.total_steps or (self.log_first and step == 1)
+
+    def evaluates(self, step: int) -> bool:
+        return self.evaluate_every is not None and (step % self.evaluate_every == 0 or step == self.total_steps)
+
+    def saves(self, step: int) -> bool:
+        return self.save_every is not None and (step % self.save_every == 0 or step == self.total_steps)
+
+
+@dataclass
+class Meter:
+    """Adds up the reports of the steps since the last log line.
+
+    Reports are read one step late, while the device works on the next step.
+    """
+
+    schedule: Schedule
+    log: Log
+    num_tokens: int = 0
+    nonfinite: int = 0
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    tokens: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def read(self, step: int, report: StepReport, times: dict[str, float], first: bool) -> None:
+        """Take in the report of `step`; blocks until the device has finished it.
+
+        Args:
+            step: its number, from 1.
+            report: what the step returned.
+            times: seconds of host time that it took, by purpose.
+            first: whether it is the first of this process, and so held the compilation.
+
+        Raises:
+            NonFiniteError: MAX_NONFINITE steps in a row were not finite.
+        """
+        report = jax.device_get(report)
+        self.num_tokens += int(report.num_tokens)
+        self.nonfinite = 0 if report.finite else self.nonfinite + 1
+        if self.nonfinite == MAX_NONFINITE:
+            raise NonFiniteError(
+                f"loss or gradient was not finite in {MAX_NONFINITE} steps in a row, the last at step {step}; "
+                "lower --learning_rate or look at the data"
+            )
+        for name, mean in report.means.items():
+            entry = self.sums.setdefault(name, [0.0, 0.0])
+            entry[0] += float(mean.total)
+            entry[1] += float(mean.count)
+        for name, seconds in times.items():
+            self.times[name] = self.times.get(name, 0.0) + seconds
+        self.steps += 1
+        self.tokens += int(report.num_tokens)
+        rate = self.tokens / (time.perf_counter() - self.since)
+        loss = report.means["loss"]
+        self.log.progress(step, float(loss.total) / max(float(loss.count), 1.0), None if first else rate)
+        if self.schedule.logs(step):
+            self._write(step, {name: float(value) for name, value in report.latest.items()}, rate)
+        if first or self.schedule.logs(step):
+            self.restart()
+
+    def _write(self, step: int, latest: dict[str, float], rate: float) -> None:
+        means = {name: total / count if count else 0.0 for name, (total, count) in self.sums.items()}
+        row = {"epoch": step / self.schedule.steps_per_epoch, "loss": means.pop("loss"), **latest, **means}
+        row["num_tokens"] = self.num_tokens
+        row["tokens_per_second"] = rate
+        row["step_time"] = (time.perf_counter() - self.since) / self.steps
+        for name, seconds in self.times.items():
+            row[f"{name}_time"] = seconds / self.steps
+        if self.nonfinite:
+            row["nonfinite_steps"] = self.nonfinite
+        self.log.log(step, row)
+
+    def restart(self) -> None:
+        """Begin a new window: at a log line, after compilation and after a pause."""
+        self.sums.clear()
+        self.times.clear()
+        self.steps = self.tokens = 0
+        self.since = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Leave time spent on evaluation and saving out of the rates."""
+        self.since += seconds
+
+
+def fit(
+    state: TrainState,
+    *,
+    source: Callable[[TrainState], Batch],
+    annotate: Callable[[TrainState, Batch], Batch],
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepReport]],
+    evaluate: Callable[[TrainState], dict[str, float]] | None,
+    save: Callable[[TrainState, int, dict[str, Any]], None],
+    schedule: Schedule,
+    log: Log,
+    num_tokens: int = 0,
+) -> TrainState:
+    """Train from `state.step` to `schedule.total_steps`.
+
+    Args:
+        state: where to begin; it is dead afterwards.
+        source: gives the batch of the next step; an online source generates it with the state.
+        annotate: adds the columns that need no gradient.
+        step: the compiled train step.
+        evaluate: held-out metrics of a state.
+        save: starts a checkpoint of (state, step, facts).
+        schedule: which steps log, evaluate and save.
+        log: receives metrics.
+        num_tokens: real tokens trained on before, for a resumed run.
+
+    Returns:
+        The final state.
+    """
+    meter = Meter(schedule, log, num_tokens=num_tokens)
+    pending: tuple[StepReport, dict[str, float]] | None = None
+    start = int(state.step)
+    for done in range(start + 1, schedule.total_steps + 1):
+        began = time.perf_counter()
+        batch = source(state)
+        fed = time.perf_counter()
+        state, report = step(state, annotate(state, batch))
+        sent = time.perf_counter()
+        if pending is not None:
+            meter.read(done - 1, *pending, first=done - 2 == start)
+        pending = report, {"input": fed - began, "host": sent - fed}
+        if not (schedule.evaluates(done) or schedule.saves(done) or done == schedule.total_steps):
+            continue
+        meter.read(done, *pending, first=done - 1 == start)
+        pending = None
+        paused = time.perf_counter()
+        if evaluate is not None and schedule.evaluates(done):
+            log.log(done, {"epoch": done / schedule.steps_per_epoch, **evaluate(state)})
+        if schedule.saves(done):
+            save(state, done, {"num_tokens": meter.num_tokens})
+        meter.pause(time.perf_counter() - paused)
+    return state

@@ -1,0 +1,66 @@
+"""`TrainState`: the only thing that goes round."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from jaxpost.sharding import path_of, shardings
+
+DECAYED = (".kernel", ".embedding")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a step reads and writes; donated to it, so an old state is dead after the step.
+
+    Attributes:
+        step: number of optimizer steps done, which is also the position in the data.
+        params: trainable parameters, a nested dict of arrays.
+        frozen: the model's other arrays; passed through untouched.
+        opt_state: Optax's state for `params`.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    frozen: Any
+    opt_state: Any
+
+
+def decay_mask(params: Any) -> Any:
+    """True for matrices, where weight decay applies; False for biases and norm scales."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_of(path).endswith(DECAYED), params)
+
+
+def create_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, trainable: Any, mesh: Mesh
+) -> tuple[Any, TrainState]:
+    """Split a model once, for good.
+
+    Args:
+        model: its arrays become part of the state, and are donated with it.
+        optimizer: initialised here; its state is laid out like the parameters.
+        trainable: an nnx filter, e.g. `nnx.Param`: which Variables get gradients.
+        mesh: where the optimizer state goes.
+
+    Returns:
+        (graphdef, state); `merge(graphdef, state.params, state.frozen)` is the model.
+    """
+    graphdef, params, frozen = nnx.split(model, trainable, ...)
+    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+    layout = shardings(jax.eval_shape(optimizer.init, params), mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings(jnp.zeros(()), mesh))
+    return graphdef, TrainState(step, params, frozen, opt_state)
+
+
+def merge(graphdef: Any, params: Any, frozen: Any) -> Any:
+    """The model made of these arrays."""
+    return nnx.merge(graphdef, params, frozen) if frozen else nnx.merge(graphdef, params)

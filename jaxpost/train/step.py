@@ -1,0 +1,112 @@
+"""The step: one pure, donated `jax.jit` from (state, batch) to (state, report)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from jaxpost.metrics import Mean
+from jaxpost.objectives.base import Batch, Objective
+from jaxpost.sharding import constrain
+from jaxpost.train.optim import clip_by_global_norm
+from jaxpost.train.state import TrainState, merge
+
+
+class StepReport(NamedTuple):
+    """What a step tells the loop; arrays that nobody has to wait for.
+
+    Attributes:
+        means: loss and metrics, not yet divided.
+        latest: values of this very step (grad_norm before clipping, learning_rate).
+        num_tokens: real tokens in the batch.
+        finite: False when loss or gradient were not, and parameters and optimizer were left as they were.
+    """
+
+    means: dict[str, Mean]
+    latest: dict[str, Array]
+    num_tokens: Array
+    finite: Array
+
+
+def make_step(
+    objective: Objective,
+    graphdef: Any,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    max_grad_norm: float | None,
+    num_micro_batches: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
+    """Compile-ready train step.
+
+    Gradients of the micro-batches' totals are summed and divided once by the summed count, so the result does not
+    depend on how a batch is split.
+
+    Args:
+        objective: the method.
+        graphdef: of the model, from `create_state`.
+        state: what the step will be called with; it leaves every array where it found it.
+        optimizer: Optax transformation without clipping.
+        schedule: learning rate of each step, for the report.
+        max_grad_norm: global-norm clipping; None or 0 for none.
+        num_micro_batches: gradient accumulation steps; must divide the rows of each device.
+    """
+
+    def total_loss(params: Any, frozen: Any, micro: Batch) -> tuple[Array, dict[str, Mean]]:
+        loss, metrics = objective.loss(merge(graphdef, params, frozen), micro)
+        return loss.total, {"loss": loss, **metrics}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+        gradient = jax.grad(total_loss, has_aux=True)
+
+        def accumulate(grads: Any, micro: Batch) -> tuple[Any, dict[str, Mean]]:
+            new, means = gradient(state.params, state.frozen, micro)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), means
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+        grads, stacked = lax.scan(accumulate, zeros, split_batch(batch, num_micro_batches))
+        means = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(means["loss"].count, 1), grads)
+        grads, norm = clip_by_global_norm(grads, max_grad_norm)
+        finite = jnp.isfinite(norm) & jnp.isfinite(means["loss"].total)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+        def keep(new: Array, old: Array) -> Array:
+            return jnp.where(finite, new, old)
+
+        new_state = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(keep, optax.apply_updates(state.params, updates), state.params),
+            frozen=state.frozen,
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        )
+        latest = {"grad_norm": norm, "learning_rate": jnp.asarray(schedule(state.step), jnp.float32)}
+        return new_state, StepReport(means, latest, jnp.sum(batch["segments"] > 0), finite)
+
+    # Without this the compiler picks the layout of the new state, and the second step compiles again.
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+
+def make_annotate(objective: Objective, graphdef: Any) -> Callable[[TrainState, Batch], Batch]:
+    """Compile-ready annotation of a whole batch with the columns that need no gradient."""
+
+    def annotate(params: Any, frozen: Any, batch: Batch) -> Batch:
+        return objective.annotate(merge(graphdef, params, frozen), None, batch)
+
+    compiled = jax.jit(annotate)
+    return lambda state, batch: compiled(state.params, state.frozen, batch)
+
+
+def split_batch(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B / parts, ...]; every device splits its own rows, so nothing moves between devices."""
+
+    def split(column: Array) -> Array:
+        rows = column.reshape(column.shape[0] // parts, parts, *column.shape[1:]).swapaxes(0, 1)
+        return constrain(rows, None, "batch", *[None] * (rows.ndim - 2))
+
+    return jax.tree.map(split, batch)

@@ -1,0 +1,329 @@
+"""The wiring page: mesh, tokenizer, data, model, state, step -> fit. Each method is an entry of METHODS."""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxpost.data.chat import Example, SFTDataConfig, encode_rows, prepare_tokenizer
+from jaxpost.data.formats import DatasetConfig, load_rows
+from jaxpost.data.loader import Loader, LoaderConfig, bucket_lengths
+from jaxpost.errors import ConfigError
+from jaxpost.models.checkpoint import Checkpoint, open_checkpoint
+from jaxpost.models.hf import ModelArguments, load, place, save_pretrained
+from jaxpost.models.transformer import Decoder
+from jaxpost.objectives.base import Batch, Objective
+from jaxpost.objectives.sft import SFT
+from jaxpost.options import check_parts, option, part_of
+from jaxpost.sharding import MeshConfig, batch_groups, make_mesh, put
+from jaxpost.train.checkpoint import CheckpointConfig, Checkpoints
+from jaxpost.train.evaluate import EvalConfig, evaluate, make_eval_step
+from jaxpost.train.logging import LoggingConfig, RunLog
+from jaxpost.train.loop import LoopConfig, Schedule, fit
+from jaxpost.train.optim import OptimConfig, make_optimizer, make_schedule
+from jaxpost.train.report import write_curves, write_model_card
+from jaxpost.train.state import TrainState, create_state, decay_mask, merge
+from jaxpost.train.step import make_annotate, make_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    ModelArguments,
+    DatasetConfig,
+    LoaderConfig,
+    OptimConfig,
+    LoopConfig,
+    EvalConfig,
+    CheckpointConfig,
+    LoggingConfig,
+    MeshConfig,
+):
+    """The fields that every method shares; each is declared beside the code that reads it."""
+
+    compilation_cache_dir: str = option("~/.cache/jaxpost/xla", "Folder for compiled programs; empty for none.")
+
+    def __post_init__(self) -> None:
+        check_parts(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainConfig, SFTDataConfig, SFT):
+    """Supervised fine-tuning; names and defaults are TRL's."""
+
+    learning_rate: float = option(2e-5, "Peak learning rate.")
+
+
+class Method(NamedTuple):
+    """What the wiring needs to know of a method."""
+
+    name: str
+    config: type[Any]
+    objective: Callable[[Any], Objective]
+    encode: Callable[..., tuple[list[Example], Any]]
+
+
+METHODS: dict[str, Method] = {
+    "sft": Method("sft", SFTConfig, lambda config: part_of(config, SFT), encode_rows),
+}
+
+
+def SFTTrainer(
+    model: str | os.PathLike[str] | Decoder | None = None,
+    args: SFTConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+) -> "Trainer":
+    """Supervised fine-tuning with TRL's argument names; see `Trainer`."""
+    return Trainer(METHODS["sft"], model, args, train_dataset, eval_dataset, processing_class)
+
+
+class Trainer:
+    """One run: everything is checked and loaded when it is made; `train()` runs it and writes the result.
+
+    Args:
+        method: an entry of METHODS.
+        model: hub id, folder, .gguf file or a model of `jaxpost.from_pretrained`, which is trained in place; by
+            default `args.model_name_or_path`.
+        args: the method's config.
+        train_dataset: rows (a `datasets.Dataset` or a list of dicts); by default `args.dataset_name`.
+        eval_dataset: likewise, for evaluation.
+        processing_class: a transformers tokenizer; by default the model's.
+
+    Raises:
+        ConfigError, DataError: one line each, before anything is written.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        model: str | os.PathLike[str] | Decoder | None = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+    ):
+        self.method = method
+        self.args = method.config() if args is None else args
+        self.output_dir = Path(self.args.output_dir or "trainer_output")
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ConfigError(f"--output_dir {self.output_dir} is a file; give a folder")
+        if cache := self.args.compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+        self.mesh = make_mesh(self.args.mesh)
+        self.objective = method.objective(self.args)
+        model = self.args.model_name_or_path if model is None else model
+        if model is None:
+            raise ConfigError("no model: give --model_name_or_path (a hub id, a local folder or a .gguf file)")
+        checkpoint = None if isinstance(model, Decoder) else open_checkpoint(model, self.args.model_revision)
+        self.model_name = "a given model" if checkpoint is None else str(model)
+        self.processing_class = self._tokenizer(checkpoint, processing_class)
+        self.generation_config = checkpoint.generation_config if checkpoint else {}
+        vocab_size = model.config.vocab_size if isinstance(model, Decoder) else int(checkpoint.config["vocab_size"])
+        self.notes: list[str] = []
+        self.train_loader, self.eval_loader = self._loaders(train_dataset, eval_dataset, vocab_size)
+        compute = self.args.compute()
+        if isinstance(model, Decoder):
+            self.model = place(model, compute, self.mesh)
+        else:
+            self.model = load(checkpoint, self.model_name, dtype=self.args.dtype, compute=compute, mesh=self.mesh)
+
+    def train(self) -> dict[str, float]:
+        """Run to the end and write the model, its metrics, curves and card to `output_dir`.
+
+        Returns:
+            The last logged metrics of training and evaluation.
+        """
+        args, loader = self.args, self.train_loader
+        total = args.total_steps(loader.steps_per_epoch)
+        schedule = make_schedule(args, total)
+        graphdef, params, _ = nnx.split(self.model, nnx.Param, ...)
+        optimizer = make_optimizer(args, schedule, decay_mask(nnx.to_pure_dict(params)))
+        with jax.set_mesh(self.mesh):
+            graphdef, state = create_state(self.model, optimizer, nnx.Param, self.mesh)
+            checkpoints = Checkpoints(self.output_dir / "checkpoints", args) if args.save_strategy != "no" else None
+            restored = checkpoints.restore(state) if checkpoints else None
+            state, facts = restored or (state, {"num_tokens": 0})
+            step = make_step(
+                self.objective,
+                graphdef,
+                state,
+                optimizer,
+                schedule,
+                max_grad_norm=args.max_grad_norm,
+                num_micro_batches=args.gradient_accumulation_steps,
+            )
+            with self._log(total, int(state.step)) as log:
+                state = fit(
+                    state,
+                    source=offline(loader(int(state.step)), self.mesh),
+                    annotate=make_annotate(self.objective, graphdef),
+                    step=step,
+                    evaluate=self._evaluation(graphdef),
+                    save=checkpoints.save if checkpoints else lambda *_: None,
+                    schedule=self._schedule(total),
+                    log=log,
+                    num_tokens=facts["num_tokens"],
+                )
+            if checkpoints:
+                checkpoints.close()
+            self.model = merge(graphdef, state.params, state.frozen)
+        self.save_model(self.output_dir)
+        return self._report()
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Held-out metrics of the model as it is now, by names that begin with `eval_`."""
+        if eval_dataset is not None:
+            self.eval_loader = self._eval_loader(
+                self._examples(eval_dataset, "eval_dataset", self.model.config.vocab_size)
+            )
+        if self.eval_loader is None:
+            raise ConfigError("nothing to evaluate on: give eval_dataset, or --dataset_name with a test split")
+        graphdef, params, frozen = nnx.split(self.model, nnx.Param, ...)
+        with jax.set_mesh(self.mesh):
+            state = TrainState(np.int32(0), nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), None)
+            return self._evaluation(graphdef, always=True)(state)
+
+    def save_model(self, path: str | os.PathLike[str]) -> None:
+        """Write the model as it is now to a Hugging Face folder."""
+        save_pretrained(self.model, self.processing_class, path, generation_config=self.generation_config)
+
+    def _tokenizer(self, checkpoint: Checkpoint | None, given: Any) -> Any:
+        if given is None and checkpoint is None:
+            raise ConfigError("no tokenizer: give processing_class along with a loaded model")
+        return prepare_tokenizer(given if given is not None else checkpoint.tokenizer(), self.args)
+
+    def _examples(self, rows: Any, name: str, vocab_size: int) -> list[Example]:
+        examples, counts = self.method.encode(rows, self.processing_class, self.args, vocab_size=vocab_size, name=name)
+        self.notes.append(f"{name}: {counts}")
+        return examples
+
+    def _loaders(self, train: Any, held_out: Any, vocab_size: int) -> tuple[Loader, Loader | None]:
+        args, groups = self.args, batch_groups(self.mesh)
+        name = args.dataset_name
+        if train is None:
+            if name is None:
+                raise ConfigError("no data: give --dataset_name (a file, a folder or a hub id)")
+            train = load_rows(name, args.dataset_train_split, args.dataset_config)
+            if held_out is None and args.eval_strategy != "no":
+                held_out = load_rows(name, args.dataset_test_split, args.dataset_config)
+        if held_out is None and args.eval_strategy != "no":
+            raise ConfigError(f"--eval_strategy {args.eval_strategy} needs eval_dataset")
+        examples = self._examples(train, f"{name or 'train_dataset'} ({args.dataset_train_split})", vocab_size)
+        loader = Loader(
+            examples,
+            global_batch_size=args.per_device_train_batch_size * groups * args.gradient_accumulation_steps,
+            pad_id=self._pad_id(),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            sampling=args.train_sampling_strategy,
+            num_epochs=None,
+            lengths=self._lengths(examples),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        if held_out is None:
+            return loader, None
+        return loader, self._eval_loader(self._examples(held_out, f"{name or 'eval_dataset'} (evaluation)", vocab_size))
+
+    def _eval_loader(self, examples: list[Example]) -> Loader:
+        return Loader(
+            examples,
+            global_batch_size=self.args.per_device_eval_batch_size * batch_groups(self.mesh),
+            pad_id=self._pad_id(),
+            seed=0,
+            sampling="sequential",
+            num_epochs=1,
+            lengths=self._lengths(examples),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def _lengths(self, examples: list[Example]) -> list[int]:
+        """The padded lengths that will be compiled."""
+        multiple = self.args.pad_to_multiple_of or (8 if jax.default_backend() == "cpu" else 128)
+        lengths = [len(example.tokens) for example in examples]
+        return bucket_lengths(lengths, self.args.max_length, self.args.length_buckets, multiple)
+
+    def _pad_id(self) -> int:
+        """Any id will do: masks come from lengths."""
+        return self.processing_class.pad_token_id or 0
+
+    def _evaluation(self, graphdef: Any, always: bool = False) -> Callable[[TrainState], dict[str, float]] | None:
+        if self.eval_loader is None or not (always or self.args.eval_strategy != "no"):
+            return None
+        step, loader = make_eval_step(self.objective, graphdef), self.eval_loader
+        return lambda state: evaluate(state, step, (put(batch, self.mesh) for batch in loader(0)))
+
+    def _schedule(self, total: int) -> Schedule:
+        args, per_epoch = self.args, self.train_loader.steps_per_epoch
+        return Schedule(
+            total_steps=total,
+            steps_per_epoch=per_epoch,
+            log_every=args.logging_steps,
+            log_first=args.logging_first_step,
+            evaluate_every={"no": None, "steps": args.eval_steps or args.logging_steps, "epoch": per_epoch}[
+                args.eval_strategy
+            ],
+            save_every={"no": None, "steps": args.save_steps, "epoch": per_epoch}[args.save_strategy],
+        )
+
+    def _log(self, total: int, start: int) -> RunLog:
+        is_main = jax.process_index() == 0
+        log = RunLog(self.output_dir, self.args, total_steps=total, start_step=start, is_main=is_main)
+        if is_main:
+            (self.output_dir / "config.yaml").write_text(config_yaml(self.args), encoding="utf-8")
+        for note in self.notes:
+            log.message(note)
+        return log
+
+    def _report(self) -> dict[str, float]:
+        """Curves and model card; returns the last metrics."""
+        if jax.process_index() != 0:
+            return {}
+        metrics: dict[str, float] = {}
+        for line in (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            metrics |= json.loads(line)
+        write_curves(self.output_dir)
+        write_model_card(
+            self.output_dir,
+            base_model=self.model_name,
+            dataset=self.args.dataset_name or "rows given in Python",
+            method=self.method.name,
+            config=changed_fields(self.args),
+            versions={name: version(name) for name in ("jaxpost", "jax", "flax", "optax", "transformers")},
+            metrics=metrics,
+            command=shlex.join(["jaxpost", *sys.argv[1:]]),
+        )
+        return metrics
+
+
+def offline(batches: Iterator[dict[str, np.ndarray]], mesh: jax.sharding.Mesh) -> Callable[[TrainState], Batch]:
+    """A source that reads rows from disk and ignores the state."""
+    return lambda state: put(next(batches), mesh)
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults."""
+    default = type(config)()
+    return {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != getattr(default, field.name)
+    }
+
+
+def config_yaml(config: Any) -> str:
+    """The resolved config as YAML that `--config` reads back."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=True, allow_unicode=True)

@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxpost.models.config import Compute
+from jaxpost.models.families import read_config
+from jaxpost.models.transformer import Decoder
+from jaxpost.objectives.logps import next_tokens, score_tokens
+from jaxpost.objectives.sft import SFT
+from tests.conftest import TINY_LLAMA, make_batch, make_model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [None, 1, 5, 24])
+def test_chunks_equal_full_logits_in_value_and_gradient(tied, chunk):
+    graphdef, state = nnx.split(make_model(tie_word_embeddings=tied))
+    batch = jax.tree.map(jnp.asarray, make_batch(rows=3))
+    weight = jnp.sin(jnp.arange(24.0))
+
+    def chunked(state):
+        model = nnx.merge(graphdef, state)
+        targets, mask = next_tokens(batch)
+        h = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+        scores = score_tokens(model, h, targets, mask, temperature=0.7, entropy_gradient=True, chunk=chunk)
+        return jnp.sum(scores.logps * weight) + jnp.sum(scores.entropy), scores
+
+    def naive(state):
+        model = nnx.merge(graphdef, state)
+        targets, mask = next_tokens(batch)
+        logits = model(batch["tokens"], batch["positions"], batch["segments"]) / 0.7
+        logps = jax.nn.log_softmax(logits)
+        entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1) * mask
+        chosen = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0] * mask
+        top = (jnp.argmax(logits, axis=-1) == targets) * mask
+        return jnp.sum(chosen * weight) + jnp.sum(entropy), (chosen, entropy, top)
+
+    (_, scores), gradient = jax.jit(jax.value_and_grad(chunked, has_aux=True))(state)
+    (_, expected), expected_gradient = jax.jit(jax.value_and_grad(naive, has_aux=True))(state)
+    for a, b in zip(scores, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_entropy_carries_no_gradient_unless_asked():
+    model = make_model()
+    batch = jax.tree.map(jnp.asarray, make_batch(rows=2))
+    targets, mask = next_tokens(batch)
+    h = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+
+    def entropy(h, asked):
+        return jnp.sum(score_tokens(model, h, targets, mask, entropy_gradient=asked).entropy)
+
+    assert not np.any(jax.grad(entropy)(h, False))
+    assert np.any(jax.grad(entropy)(h, True))
+
+
+def test_nothing_scored_is_zero_and_finite():
+    model = make_model()
+    h = jnp.ones((2, 4, 32))
+    none = jnp.zeros((2, 4), bool)
+
+    def total(h):
+        return jnp.sum(score_tokens(model, h, jnp.zeros((2, 4), jnp.int32), none).logps)
+
+    value, gradient = jax.value_and_grad(total)(h)
+    assert value == 0
+    assert not np.any(gradient)
+
+
+def test_no_token_is_predicted_across_documents():
+    batch = {
+        "tokens": jnp.asarray([[5, 6, 7, 8, 9, 0]]),
+        "segments": jnp.asarray([[1, 1, 2, 2, 2, 0]]),
+        "loss_mask": jnp.ones((1, 6)),
+    }
+    targets, mask = next_tokens(batch)
+    assert targets[0, :5].tolist() == [6, 7, 8, 9, 0]
+    assert mask.tolist() == [[True, False, True, True, False, False]]
+
+
+def test_dft_weights_each_token_by_its_own_probability():
+    model, batch = make_model(), jax.tree.map(jnp.asarray, make_batch(rows=2))
+    targets, mask = next_tokens(batch)
+    logps = jax.nn.log_softmax(model(batch["tokens"], batch["positions"], batch["segments"]))
+    chosen = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+    loss, _ = SFT(loss_type="dft").loss(model, batch)
+    np.testing.assert_allclose(loss.total, -jnp.sum(jnp.exp(chosen) * chosen * mask), rtol=1e-5)
+
+
+def test_logits_are_never_materialised():
+    """Temporaries of the gradient stay under a tenth of [B, T, V] logits, the head's own gradient aside."""
+    rows, length, vocab = 4, 2048, 131_072
+    config = read_config({**TINY_LLAMA, "vocab_size": vocab, "tie_word_embeddings": False}, "wide")
+    abstract = nnx.eval_shape(lambda: Decoder(config, compute=Compute(remat="full"), rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    kinds = {"tokens": jnp.int32, "positions": jnp.int32, "segments": jnp.int32, "loss_mask": jnp.float32}
+    batch = {name: jax.ShapeDtypeStruct((rows, length), kind) for name, kind in kinds.items()}
+
+    def total(state, batch):
+        return SFT().loss(nnx.merge(graphdef, state), batch)[0].total
+
+    memory = jax.jit(jax.grad(total)).lower(state, batch).compile().memory_analysis()
+    head_gradient = vocab * config.embed_dim * 4
+    assert memory.temp_size_in_bytes - head_gradient < rows * length * vocab * 4 / 10

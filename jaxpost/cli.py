@@ -63,10 +63,13 @@ def parse(config_class: Any, command: str, flags: list[str]) -> Any:
     Raises:
         ConfigError: unknown flag or key (the nearest one is named), or a value of the wrong type.
     """
-    from transformers.hf_argparser import HfArgumentParser
+    from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
     parser = HfArgumentParser(config_class, prog=f"jaxpost {command}", allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with the same flags; the command line wins.")
+    for action in parser._actions:
+        if action.type is string_to_bool:  # bare `--bf16` is `--bf16 true`, also where the default is None
+            action.nargs, action.const = "?", True
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
 
     def refuse(message: str) -> Any:

@@ -14,7 +14,7 @@ def option(default: Any, help: str) -> Any:
         default: the default value; a list is copied for each instance.
         help: one line for `--help`.
     """
-    metadata = {"help": help}
+    metadata = {"help": help.replace("%", "%%")}  # argparse formats it
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -271,6 +271,7 @@ class Trainer:
             steps_per_epoch=per_epoch,
             log_every=args.logging_steps,
             log_first=args.logging_first_step,
+            evaluate_first=args.eval_on_start,
             evaluate_every={"no": None, "steps": args.eval_steps or args.logging_steps, "epoch": per_epoch}[
                 args.eval_strategy
             ],

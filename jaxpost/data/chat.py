@@ -277,11 +277,11 @@ def _template(tokenizer: "Tokenizer") -> str:
 
 def _set_template(tokenizer: "Tokenizer", source: str) -> None:
     """Take the template from a file, or template and EOS token from another model's tokenizer."""
-    from transformers import AutoTokenizer
-
     if Path(source).is_file():
         tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
         return
+    from transformers import AutoTokenizer
+
     try:
         other = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:

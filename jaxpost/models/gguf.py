@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpost.models.gguf_file import CONVERT, HF_FOLDER, Metadata, dequantize, open_gguf, shape
+from jaxpost.models.gguf_file import CONVERT, HF_FOLDER, Metadata, Tensor, dequantize, open_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -105,7 +105,7 @@ class GGUFCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the HF shape of the tensor, [out, in] for a matrix."""
-        return shape(self._tensors[name][1])
+        return self._tensors[name][1].shape
 
     def read(self, name: str) -> np.ndarray:
         """Return the tensor in HF layout, dequantised to float32, in memory of its own."""
@@ -128,7 +128,9 @@ class GGUFCheckpoint:
         return build_tokenizer(self._metadata, self.config["vocab_size"], self.config["max_position_embeddings"])
 
 
-def _config(metadata: Metadata, name: str, architecture: _Architecture, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _config(
+    metadata: Metadata, name: str, architecture: _Architecture, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """Return the HF config of the file."""
     config = {"architectures": [architecture.hf_class], **architecture.config}
     for suffix, key, kind in _CONFIG_KEYS:
@@ -164,20 +166,23 @@ def _head_dim(metadata: Metadata, name: str, default: int) -> int:
     return head_dim
 
 
-def _vocab_size(metadata: Metadata, name: str, tensors: Mapping[str, Any]) -> int:
+def _vocab_size(metadata: Metadata, name: str, tensors: Mapping[str, Tensor]) -> int:
     """Return the number of rows of the embedding, which the metadata and the tokenizer must agree with."""
     if "token_embd.weight" not in tensors:
         raise metadata.error(f"tensor token_embd.weight is missing; {CONVERT}")
-    rows = (*shape(tensors["token_embd.weight"]), 0)[0]
+    rows = tensors["token_embd.weight"].shape[0]
     stated = metadata.positive(f"{name}.vocab_size", int, rows)
-    tokens = len(metadata.array("tokenizer.ggml.tokens", str, default=[""] * rows))
-    if not rows == stated == tokens:
-        counts = f"{rows} rows of token_embd.weight, {stated} in {name}.vocab_size, {tokens} in tokenizer.ggml.tokens"
+    tokens = metadata.array("tokenizer.ggml.tokens", str, default=None)
+    count = rows if tokens is None else len(tokens)
+    if not rows == stated == count:
+        counts = f"{rows} rows of token_embd.weight, {stated} in {name}.vocab_size, {count} in tokenizer.ggml.tokens"
         raise metadata.error(f"the vocabulary has different sizes: {counts}; {CONVERT}")
     return rows
 
 
-def _rope_scaling(metadata: Metadata, name: str, config: Mapping[str, Any], factors: Any) -> dict[str, Any] | None:
+def _rope_scaling(
+    metadata: Metadata, name: str, config: Mapping[str, Any], factors: Tensor | None
+) -> dict[str, Any] | None:
     """Return the HF `rope_scaling`: what the metadata says, or Llama 3's if the file carries its factors."""
     key = f"{name}.rope.scaling."
     kind = metadata.get(f"{key}type", str, "none")
@@ -195,19 +200,22 @@ def _rope_scaling(metadata: Metadata, name: str, config: Mapping[str, Any], fact
     return scaling
 
 
-def _llama3_scaling(metadata: Metadata, config: Mapping[str, Any], tensor: Any) -> dict[str, Any]:
+def _llama3_scaling(metadata: Metadata, config: Mapping[str, Any], tensor: Tensor) -> dict[str, Any]:
     """Return the `llama3` scaling that yields the factors in the file, the only trace that GGUF keeps of it.
 
     The factors [head_dim/2] give the scale of the lowest frequency; the other three parameters are those of every
     published Llama 3 model, and the factors they imply must be the file's.
     """
-    factors = dequantize(tensor).ravel()
-    scale, low, high, context = float(factors.max(initial=1.0)), 1.0, 4.0, 8192
-    exponents = np.arange(0, config["head_dim"], 2) / config["head_dim"]
-    turns = context / (2 * math.pi * config["rope_theta"] ** exponents)  # of each frequency in the original context
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    expected = 1.0 / ((1.0 - smooth) / scale + smooth)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0.0):
+    scale, low, high, context = 1.0, 1.0, 4.0, 8192
+    fits = tensor.shape == (config["head_dim"] // 2,)
+    if fits:
+        factors = dequantize(tensor)
+        scale = float(factors.max())
+        exponents = np.arange(0, config["head_dim"], 2) / config["head_dim"]
+        turns = context / (2 * math.pi * config["rope_theta"] ** exponents)  # of each frequency in that context
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        fits = scale >= 1 and np.allclose(factors, 1 / ((1 - smooth) / scale + smooth), rtol=1e-4, atol=0.0)
+    if not fits:
         raise metadata.error(f"{_ROPE_FACTORS} holds other factors than Llama 3's; {HF_FOLDER}")
     return {
         "rope_type": "llama3",
@@ -219,8 +227,8 @@ def _llama3_scaling(metadata: Metadata, config: Mapping[str, Any], tensor: Any) 
 
 
 def _match(
-    metadata: Metadata, config: Mapping[str, Any], architecture: _Architecture, tensors: Mapping[str, Any]
-) -> dict[str, tuple[_Row, Any]]:
+    metadata: Metadata, config: Mapping[str, Any], architecture: _Architecture, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[_Row, Tensor]]:
     """Return each HF name's row and tensor, having checked that names and shapes are the architecture's."""
     sizes = {"D": config["hidden_size"], "F": config["intermediate_size"], "V": config["vocab_size"]}
     sizes["Q"] = config["num_attention_heads"] * config["head_dim"]
@@ -236,7 +244,7 @@ def _match(
                 if row.optional:
                     continue
                 raise metadata.error(f"tensor {name} is missing; {CONVERT}")
-            found, wanted = shape(tensors[name]), tuple(sizes[letter] for letter in row.shape)
+            found, wanted = tensors[name].shape, tuple(sizes[letter] for letter in row.shape)
             if found != wanted:
                 raise metadata.error(f"tensor {name} has shape {found}, its metadata says {wanted}; {CONVERT}")
             unused.remove(name)

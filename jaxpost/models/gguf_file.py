@@ -1,8 +1,11 @@
-"""Opening a GGUF file: the one place where the `gguf` package parses and dequantises, and where damage is caught.
+"""Opening a GGUF file: its metadata, its tensors, and every check that keeps a damaged file from doing harm.
 
-Source: the GGUF specification (ggml-org/ggml, docs/gguf.md).
+Source: the GGUF specification (ggml-org/ggml, docs/gguf.md). The `gguf` package undoes the quantisation.
+Its GGUFReader is not used: version 0.19 loops without end on a damaged array length
+(https://github.com/ggml-org/llama.cpp/pull/27188) and takes ten times as long on a sound file.
 """
 
+import dataclasses
 import math
 import mmap
 import os
@@ -18,11 +21,21 @@ HF_FOLDER = "pass the model's original Hugging Face folder instead"
 CONVERT = "convert the model again with a current llama.cpp"
 
 _NEEDED = object()
-# Layout of the key-value section: bytes of each scalar type, and the two types that vary in size.
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# The type codes of metadata values, with their numpy types.
+_NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
-# Bounds on what is parsed. The largest vocabularies need 1.3 million values, the deepest models some thousand tensors.
-_MAX_VALUES, _MAX_TENSORS, _MAX_DIMS = 1 << 21, 1 << 16, 4
+# Bounds on the work. The largest vocabularies have 0.8 million tokens and merges, the deepest models 2,000 tensors.
+_MAX_STRINGS, _MAX_TENSORS, _MAX_DIMS = 1 << 21, 1 << 16, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file; `shape` is as numpy counts it, [out, in] for a matrix, and `data` its mapped bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Any  # gguf.GGMLQuantizationType
+    data: np.ndarray
 
 
 class Metadata:
@@ -64,10 +77,11 @@ class Metadata:
 
     def array(self, key: str, kind: type, length: int | None = None, default: Any = _NEEDED) -> Any:
         """Return a list of `kind`; if `length` is given, one value for each of that many tokens."""
-        values = self.get(key, list, default)
-        if values is default:
+        found = self.get(key, list if kind is str else np.ndarray, default)
+        if found is default:
             return default
-        if not all(type(value) is kind for value in values):
+        values = found if kind is str else found.tolist()
+        if values and type(values[0]) is not kind:
             raise self.error(f"{key} holds values that are not of type {kind.__name__}; {HF_FOLDER}")
         if length is not None and len(values) != length:
             raise self.error(f"{key} has {len(values)} values for {length} tokens; {CONVERT}")
@@ -86,51 +100,46 @@ class Metadata:
         return sorted(key for key in self._values if key.startswith(prefix) and key not in self._asked)
 
 
-def open_gguf(path: str | os.PathLike) -> tuple[Metadata, dict[str, Any]]:
-    """Return the file's metadata and its tensors (`gguf.ReaderTensor`, mapped from the file) by GGUF name.
+def open_gguf(path: str | os.PathLike) -> tuple[Metadata, dict[str, Tensor]]:
+    """Return the file's metadata and its tensors by GGUF name; no tensor is read yet.
 
     Raises:
-        ConfigError: `gguf` is not installed, or the file is not a whole, readable GGUF file.
+        ConfigError: `gguf` is not installed, the file is not a whole, readable GGUF file, or the `gguf` package cannot
+            dequantise a tensor.
     """
     path = os.fspath(path)
     try:
-        import gguf
+        import gguf  # noqa: F401
     except ImportError as error:
         remedy = "run: pip install 'jaxpost[gguf]'"
         raise ConfigError(f"{path}: a GGUF file needs the gguf package; {remedy}") from error
     try:
-        _check_extents(path, gguf.GGML_QUANT_SIZES)
-        with np.errstate(all="raise"):
-            reader = gguf.GGUFReader(path)
-        values = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        with open(path, "rb") as file:
+            header = _Header(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        values, tensors = header.parse()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{path}: not a readable GGUF file ({reason}); download or convert it again") from error
     metadata = Metadata(path, values)
     if metadata.get("split.count", int, 1) > 1:
         raise metadata.error("the file is one part of several; join them first with llama-gguf-split --merge")
-    _check_quantisation(metadata, reader.tensors)
-    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+    _check_quantisation(metadata, tensors.values())
+    return metadata, tensors
 
 
-def shape(tensor: Any) -> tuple[int, ...]:
-    """Return the shape as numpy counts it, [out, in] for a matrix; GGUF counts the fastest dimension first."""
-    return tuple(int(size) for size in reversed(tensor.shape))
-
-
-def dequantize(tensor: Any) -> np.ndarray:
+def dequantize(tensor: Tensor) -> np.ndarray:
     """Return the tensor's values as float32, perhaps still mapped from the file."""
     from gguf import quants
 
     with np.errstate(all="ignore"):  # an infinite scale in the file is not an error of the arithmetic
-        return quants.dequantize(tensor.data, tensor.tensor_type)
+        return quants.dequantize(tensor.data, tensor.kind)
 
 
-def _check_quantisation(metadata: Metadata, tensors: Iterable[Any]) -> None:
+def _check_quantisation(metadata: Metadata, tensors: Iterable[Tensor]) -> None:
     """Raise ConfigError if the `gguf` package cannot dequantise a tensor, tried on one empty block of each type."""
     from gguf import GGML_QUANT_SIZES, quants
 
-    for kind, name in {tensor.tensor_type: tensor.name for tensor in tensors}.items():
+    for kind, name in {tensor.kind: tensor.name for tensor in tensors}.items():
         try:
             quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError as error:
@@ -138,76 +147,97 @@ def _check_quantisation(metadata: Metadata, tensors: Iterable[Any]) -> None:
             raise metadata.error(f"{reason}; convert the model to F16 or Q8_0") from error
 
 
-def _check_extents(path: str, quant_sizes: Mapping[Any, tuple[int, int]]) -> None:
-    """Raise ValueError unless every string, array and tensor that the header announces lies inside of the file.
+class _Header:
+    """A cursor over a mapped file's header, which checks every length against the end of the file.
 
-    GGUFReader (0.19) slices beyond the end without noticing, and then loops as often as a damaged length says
-    (https://github.com/ggml-org/llama.cpp/pull/27188).
+    Raises (every method):
+        ValueError: what is damaged.
     """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] != b"GGUF":
+
+    def __init__(self, data: mmap.mmap):
+        self.data = data
+        self.at = 0
+        self.num_strings = 0
+
+    def parse(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the metadata and the tensors by name."""
+        if self.data[:4] != b"GGUF":
             raise ValueError("it does not start with the letters GGUF")
-        (version, num_tensors, num_keys), at = _unpack(data, 4, "<IQQ")
+        self.take(4)
+        version, num_tensors, num_keys = self.unpack("<IQQ")
         if version not in (2, 3):
             raise ValueError(f"format version {version}; versions 2 and 3 in little-endian order can be read")
         if num_tensors > _MAX_TENSORS:
             raise ValueError(f"it announces {num_tensors} tensors")
-        at = _skip_keys(data, at, num_keys)
-        for _ in range(num_tensors):
-            at = _check_tensor(data, at, quant_sizes)
+        values = {}
+        for _ in range(num_keys):
+            key = self.string()
+            if key in values:
+                raise ValueError(f"its metadata holds {key[:80]} twice")
+            values[key] = self.value()
+        entries = [self.tensor_entry() for _ in range(num_tensors)]
+        alignment = values.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError("its general.alignment is not a power of two")
+        start = -(-self.at // alignment) * alignment
+        tensors = {name: self.tensor(name, shape, kind, start + offset) for name, shape, kind, offset in entries}
+        if len(tensors) != num_tensors:
+            raise ValueError("two of its tensors have the same name")
+        return values, tensors
 
+    def take(self, size: int) -> int:
+        """Return the position and move `size` bytes on."""
+        begin, self.at = self.at, self.at + size
+        if self.at > len(self.data):
+            raise ValueError(f"it ends at byte {len(self.data)}, inside of its header, so the file is incomplete")
+        return begin
 
-def _skip_keys(data: mmap.mmap, at: int, num_keys: int) -> int:
-    """Return the position behind the key-value section that starts at `at`."""
-    num_values = 0
-    for _ in range(num_keys):
-        at = _skip_string(data, at)
-        (kind,), at = _unpack(data, at, "<I")
-        length = 1
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        """Return the values of a `struct` layout."""
+        return struct.unpack_from(layout, self.data, self.take(struct.calcsize(layout)))
+
+    def string(self) -> str:
+        """Return a length-prefixed string."""
+        (length,) = self.unpack("<Q")
+        begin = self.take(length)
+        self.num_strings += 1
+        if self.num_strings > _MAX_STRINGS:
+            raise ValueError(f"its header holds over {_MAX_STRINGS} strings")
+        return self.data[begin : self.at].decode("utf-8")
+
+    def value(self) -> Any:
+        """Return a metadata value: a Python scalar, a list of strings or a numpy array of numbers."""
+        (kind,), length = self.unpack("<I"), None
         if kind == _ARRAY:
-            (kind, length), at = _unpack(data, at, "<IQ")
-        num_values += length
-        if num_values > _MAX_VALUES:
-            raise ValueError(f"its metadata announces {num_values} values")
+            kind, length = self.unpack("<IQ")
         if kind == _STRING:
-            for _ in range(length):
-                at = _skip_string(data, at)
-        elif kind in _WIDTHS:
-            at = _skip(data, at, _WIDTHS[kind] * length)
-        else:
+            return self.string() if length is None else [self.string() for _ in range(length)]
+        if kind not in _NUMBERS:
             raise ValueError(f"its metadata holds a value of unknown type {kind}")
-    return at
+        dtype, count = np.dtype(_NUMBERS[kind]), 1 if length is None else length
+        begin = self.take(dtype.itemsize * count)
+        numbers = np.frombuffer(self.data, dtype, count, begin) if count else np.empty(0, dtype)
+        return numbers[0].item() if length is None else numbers
 
+    def tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Return a tensor's name, shape, type and offset; the file counts the fastest dimension first."""
+        name = self.string()
+        (num_dims,) = self.unpack("<I")
+        if not 1 <= num_dims <= _MAX_DIMS:
+            raise ValueError(f"tensor {name[:80]} announces {num_dims} dimensions")
+        *dims, kind, offset = self.unpack(f"<{num_dims}QIQ")
+        return name, tuple(reversed(dims)), kind, offset
 
-def _check_tensor(data: mmap.mmap, at: int, quant_sizes: Mapping[Any, tuple[int, int]]) -> int:
-    """Check the entry of the tensor table that starts at `at` and return the position behind it."""
-    end = _skip_string(data, at)
-    name = data[at + 8 : min(end, at + 80)].decode("utf-8", "replace")
-    (num_dims,), at = _unpack(data, end, "<I")
-    if num_dims > _MAX_DIMS:
-        raise ValueError(f"tensor {name} announces {num_dims} dimensions")
-    (*dims, kind, offset), at = _unpack(data, at, f"<{num_dims}QIQ")
-    if kind not in quant_sizes:
-        raise ValueError(f"tensor {name} has quantisation type {kind}, which the gguf package does not know")
-    block, block_bytes = quant_sizes[kind]
-    # The data starts at the end of this table, rounded up; that last bit is left to the reader.
-    if at + offset + math.prod(dims) // block * block_bytes > len(data):
-        raise ValueError(f"tensor {name} lies beyond the end of the file, so the file is incomplete")
-    return at
+    def tensor(self, name: str, shape: tuple[int, ...], kind: int, begin: int) -> Tensor:
+        """Return the tensor whose bytes begin at `begin`."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-
-def _unpack(data: mmap.mmap, at: int, layout: str) -> tuple[tuple[Any, ...], int]:
-    """Return the values at `at` and the position behind them."""
-    end = _skip(data, at, struct.calcsize(layout))
-    return struct.unpack_from(layout, data, at), end
-
-
-def _skip_string(data: mmap.mmap, at: int) -> int:
-    (length,), at = _unpack(data, at, "<Q")
-    return _skip(data, at, length)
-
-
-def _skip(data: mmap.mmap, at: int, size: int) -> int:
-    if at + size > len(data):
-        raise ValueError(f"it ends at byte {len(data)}, inside of its header, so the file is incomplete")
-    return at + size
+        if kind not in GGML_QUANT_SIZES:
+            raise ValueError(f"tensor {name[:80]} has quantisation type {kind}, which the gguf package does not know")
+        kind = GGMLQuantizationType(kind)
+        byte_shape = quants.quant_shape_to_byte_shape(shape, kind)
+        size = math.prod(byte_shape)
+        if begin + size > len(self.data):
+            raise ValueError(f"tensor {name[:80]} lies beyond the end of the file, so the file is incomplete")
+        data = np.frombuffer(self.data, np.uint8)[begin : begin + size].reshape(byte_shape)
+        return Tensor(name, shape, kind, data)

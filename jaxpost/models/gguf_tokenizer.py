@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-_MODEL, _PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+_MODEL, _PRE, _MERGES = "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.merges"
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 # No vocabulary has longer pieces, and deriving merges takes the square of the length.
 _MAX_PIECE = 256
@@ -98,8 +98,8 @@ def _byte_level(metadata: Metadata, vocab: dict[str, int]) -> tuple["Tokenizer",
         known = ", ".join(_PRE_TOKENIZERS)
         raise metadata.error(f"{_PRE} {name!r} is not supported (supported: {known}); {HF_FOLDER}")
     pre = _PRE_TOKENIZERS[name]
-    merges = _merges(metadata, vocab)
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges))
+    merges = _pairs(metadata, vocab, metadata.array(_MERGES, str))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=False))
     steps: list[pre_tokenizers.PreTokenizer] = []
     if pre.digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
@@ -119,13 +119,14 @@ def _sentencepiece(metadata: Metadata, vocab: dict[str, int]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers.convert_slow_tokenizer import generate_merges
 
-    if metadata.get("tokenizer.ggml.merges", list, None) is None:
+    listed = metadata.array(_MERGES, str, default=None)
+    if listed is not None:
+        merges = _pairs(metadata, vocab, listed)
+    else:
         scores = metadata.array("tokenizer.ggml.scores", float, len(vocab))
         if max(map(len, vocab)) > _MAX_PIECE:
             raise metadata.error(f"tokenizer.ggml.tokens has a token of over {_MAX_PIECE} characters; {HF_FOLDER}")
         merges = generate_merges(vocab, dict(zip(vocab, scores, strict=True)))
-    else:
-        merges = _merges(metadata, vocab)
     unknown = metadata.token_id("unknown", len(vocab))
     name = None if unknown is None else list(vocab)[unknown]
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=name, fuse_unk=True, byte_fallback=True))
@@ -138,13 +139,13 @@ def _sentencepiece(metadata: Metadata, vocab: dict[str, int]) -> "Tokenizer":
     return backend
 
 
-def _merges(metadata: Metadata, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Return the merges of the file, whose parts and results must all be tokens."""
+def _pairs(metadata: Metadata, vocab: dict[str, int], merges: list[str]) -> list[tuple[str, str]]:
+    """Return the merges as pairs, whose parts and results must all be tokens."""
     pairs = []
-    for merge in metadata.array("tokenizer.ggml.merges", str):
+    for merge in merges:
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise metadata.error(f"tokenizer.ggml.merges has {merge[:40]!r}, which does not merge tokens; {CONVERT}")
+            raise metadata.error(f"{_MERGES} has {merge[:40]!r}, which does not merge tokens; {CONVERT}")
         pairs.append((left, right))
     return pairs
 

@@ -19,6 +19,7 @@ class EvalConfig:
 
     eval_strategy: str = option("no", "Evaluate never (no), every eval_steps (steps) or after each epoch (epoch).")
     eval_steps: int | None = option(None, "Steps between evaluations; logging_steps by default.")
+    eval_on_start: bool = option(False, "Also evaluate before the first step.")
 
     def __post_init__(self) -> None:
         one_of("eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))

@@ -52,6 +52,7 @@ class Schedule:
     steps_per_epoch: int
     log_every: int
     log_first: bool = False
+    evaluate_first: bool = False
     evaluate_every: int | None = None
     save_every: int | None = None
 
@@ -59,6 +60,8 @@ class Schedule:
         return step % self.log_every == 0 or step == self.total_steps or (self.log_first and step == 1)
 
     def evaluates(self, step: int) -> bool:
+        if step == 0:
+            return self.evaluate_first
         return self.evaluate_every is not None and (step % self.evaluate_every == 0 or step == self.total_steps)
 
     def saves(self, step: int) -> bool:
@@ -173,6 +176,9 @@ def fit(
     meter = Meter(schedule, log, num_tokens=num_tokens)
     pending: tuple[StepReport, dict[str, float]] | None = None
     start = int(state.step)
+    if evaluate is not None and start == 0 and schedule.evaluates(0):
+        log.log(0, {"epoch": 0.0, **evaluate(state)})
+        meter.restart()
     for done in range(start + 1, schedule.total_steps + 1):
         began = time.perf_counter()
         batch = source(state)

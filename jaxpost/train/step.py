@@ -84,12 +84,18 @@ def make_step(
             frozen=state.frozen,
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         )
-        latest = {"grad_norm": norm, "learning_rate": jnp.asarray(schedule(state.step), jnp.float32)}
+        latest = {"grad_norm": norm, "learning_rate": jnp.asarray(schedule(updates_done(state)), jnp.float32)}
         return new_state, StepReport(means, latest, jnp.sum(batch["segments"] > 0), finite)
 
     # Without this the compiler picks the layout of the new state, and the second step compiles again.
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+
+def updates_done(state: TrainState) -> Array:
+    """What the optimizer's schedule counts: steps that were not skipped."""
+    counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+    return counts[0][1] if counts else state.step
 
 
 def make_annotate(objective: Objective, graphdef: Any) -> Callable[[TrainState, Batch], Batch]:

@@ -77,7 +77,7 @@ def test_files_without_a_split_in_their_names_are_all_train(tmp_path):
 def test_test_rows_under_an_unusual_name_never_become_train(tmp_path):
     write(tmp_path / "maths-train.jsonl", [{"text": "a"}])
     write(tmp_path / "maths-test.jsonl", [{"text": "b"}])
-    with pytest.raises(DataError, match="no split 'train'.*splits found: maths-test, maths-train"):
+    with pytest.raises(DataError, match=r"no split 'train'.*splits found: maths-test, maths-train"):
         load_rows(str(tmp_path), "train")
     assert load_rows(str(tmp_path), "maths-train")["text"][:] == ["a"]
 
@@ -116,7 +116,7 @@ def test_errors_in_a_json_array_are_placed(tmp_path):
     with pytest.raises(DataError, match=r"b.json, line 3: not valid UTF-8"):
         load_rows(str(tmp_path / "b.json"), "train")
     (tmp_path / "c.json").write_text('[{"text": "x"}, 3]')
-    with pytest.raises(DataError, match="c.json, row 2: a row must be a JSON object, not int 3"):
+    with pytest.raises(DataError, match=r"c.json, row 2: a row must be a JSON object, not int 3"):
         load_rows(str(tmp_path / "c.json"), "train")
     (tmp_path / "d.json").write_text("[]")
     with pytest.raises(DataError, match="split 'train' has no rows"):
@@ -125,7 +125,7 @@ def test_errors_in_a_json_array_are_placed(tmp_path):
 
 def test_a_bad_parquet_file_is_one_line(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
-    with pytest.raises(DataError, match="a.parquet: not a readable Parquet file") as caught:
+    with pytest.raises(DataError, match=r"a.parquet: not a readable Parquet file") as caught:
         load_rows(str(tmp_path / "a.parquet"), "train")
     assert "\n" not in str(caught.value)
 
@@ -164,7 +164,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        DataError, match="owner/name: no such local path, .*ConnectionError: Couldn't reach it and more"
+        DataError, match=r"owner/name: no such local path, .*ConnectionError: Couldn't reach it and more"
     ):
         load_rows("owner/name", "train")
 

@@ -4,7 +4,8 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 
 from jaxpost.models.gguf import GGUFCheckpoint
-from tests.models.test_gguf import TEXTS, llama3_factors, sentencepiece_keys, write_llama
+from tests.models.test_gguf import llama3_factors, sentencepiece_keys, write_llama
+from tests.models.test_gguf_tokenizer import TEXTS
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

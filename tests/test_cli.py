@@ -1,0 +1,136 @@
+import json
+import shutil
+
+import pytest
+
+from jaxpost.cli import main, parse
+from jaxpost.trainer import SFTConfig
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one two three"}\n' * 4)
+    return path
+
+
+def config(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_and_yaml_are_spelled_alike(tmp_path):
+    file = config(tmp_path, "learning_rate: 1e-5\nreport_to: [none]\ngradient_checkpointing: no\nmax_length: null\n")
+    args = parse(SFTConfig, "sft", ["--config", file, "--max_steps", "3"])
+    assert (args.learning_rate, args.report_to, args.gradient_checkpointing) == (1e-5, ["none"], False)
+    assert (args.max_steps, args.max_length) == (3, SFTConfig().max_length)
+
+
+def test_command_line_wins_over_yaml(tmp_path):
+    file = config(tmp_path, "learning_rate: 1e-5\nmax_steps: -1\n")
+    args = parse(SFTConfig, "sft", [f"--config={file}", "--learning_rate", "3e-4", "--bf16"])
+    assert (args.learning_rate, args.max_steps, args.bf16) == (3e-4, -1, True)
+
+
+BAD_FLAGS = {
+    "--learning_rat 1": "did you mean '--learning_rate'",
+    "--max_steps three": "invalid int value: 'three'",
+    "--max_steps 0": "max_steps is 0",
+    "--learning_rate -1": "learning_rate",
+    "--lr_scheduler_type cosin": "did you mean 'cosine'",
+    "--loss_type nl": "did you mean 'nll'",
+    "--dtype float31": "dtype is 'float31'",
+    "--mesh fsdp=3": "needs 3 devices",
+    "--per_device_train_batch_size 0": "per_device_train_batch_size is 0",
+    "--attn_implementation flash": "attn_implementation is 'flash'",
+    "--config nowhere.yaml": "nowhere.yaml: No such file",
+    "--resume_from_checkpoint true": "holds no checkpoint",
+    "--model_name_or_path ./nowhere": "neither a local folder nor",
+    "--eval_strategy steps": "has no split 'test'",
+    "stray": "unknown flag stray",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_a_wrong_flag_is_one_line_and_exit_2_or_3(tiny_folder, data, tmp_path, capsys, flags):
+    out = tmp_path / "out"
+    command = ["sft", "--model_name_or_path", str(tiny_folder), "--dataset_name", str(data), "--output_dir", str(out)]
+    code = main([*command, *flags.split()])
+    error = capsys.readouterr().err
+    assert code == (3 if "split" in BAD_FLAGS[flags] else 2)
+    assert BAD_FLAGS[flags] in error
+    assert error.startswith("jaxpost: ")
+    assert error.count("\n") == 1
+    assert not (out / "model.safetensors").exists()
+
+
+BAD_YAML = {
+    "learning_rate: 1\nlearning_rate: 2\n": "'learning_rate' is given twice",
+    "lerning_rate: 1\n": "did you mean 'learning_rate'",
+    "- 1\n": "expected a mapping",
+    "a: [\n": "not valid YAML",
+    "learning_rate: {a: 1}\n": "must be a value or a list",
+    "max_steps: many\n": "invalid int value: 'many'",
+}
+
+
+@pytest.mark.parametrize("text", BAD_YAML)
+def test_a_wrong_yaml_file_is_one_line_and_exit_2(tmp_path, capsys, text):
+    assert main(["sft", "--config", config(tmp_path, text)]) == 2
+    error = capsys.readouterr().err
+    assert BAD_YAML[text] in error
+    assert error.count("\n") == 1
+
+
+BAD_DATA = {
+    "": "is empty",
+    '{"text": "a"}\n{"text": \n': "line 2",
+    '{"words": "a"}\n': "has the columns words",
+    '{"text": 3}\n': "row 1, column 'text'",
+    '{"prompt": "a"}\n': "no column 'completion'",
+}
+
+
+@pytest.mark.parametrize("text", BAD_DATA)
+def test_wrong_data_is_one_line_and_exit_3(tiny_folder, tmp_path, capsys, text):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    data.write_text(text)
+    command = ["sft", "--model_name_or_path", str(tiny_folder), "--dataset_name", str(data), "--output_dir", str(out)]
+    assert main(command) == 3
+    error = capsys.readouterr().err
+    assert BAD_DATA[text] in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_exit_2(tiny_folder, data, tmp_path, capsys):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    shift = {token: index + 200 for token, index in tokenizer["model"]["vocab"].items()}
+    tokenizer["model"]["vocab"] = shift
+    for token in tokenizer["added_tokens"]:
+        token["id"] = shift[token["content"]]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["sft", "--model_name_or_path", str(folder), "--dataset_name", str(data)]) == 2
+    error = capsys.readouterr().err
+    assert "320 embedding rows" in error
+    assert error.count("\n") == 1
+
+
+def test_missing_essentials_and_unknown_commands(tiny_folder, capsys):
+    assert main(["sft"]) == 2
+    assert main(["sft", "--model_name_or_path", str(tiny_folder)]) == 2
+    assert main(["sftt"]) == 2
+    assert main(["generate", "--dataset_name", "x.jsonl"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    expected = ("--model_name_or_path", "--dataset_name", "did you mean 'sft'", "--model_name_or_path")
+    assert all(word in line for word, line in zip(expected, lines, strict=True))
+
+
+def test_help_lists_every_field(capsys):
+    assert main([]) == 0
+    with pytest.raises(SystemExit) as end:
+        main(["sft", "--help"])
+    assert end.value.code == 0
+    assert "--gradient_accumulation_steps" in capsys.readouterr().out

@@ -16,7 +16,7 @@ class Mean(NamedTuple):
     """
 
     total: Float[Array, ""]
-    count: Float[Array, ""]
+    count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def value(self) -> Float[Array, ""]:
         """The mean; 0 where nothing was counted."""

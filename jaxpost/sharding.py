@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpost.errors import ConfigError
@@ -88,7 +88,7 @@ def make_mesh(spec: str | None = None, devices: Sequence[Any] | None = None) -> 
 
 
 def _parse_mesh(spec: str) -> dict[str, int]:
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in spec.split(","):
         axis, _, size = part.strip().partition("=")
         if axis not in sizes:
@@ -99,7 +99,7 @@ def _parse_mesh(spec: str) -> dict[str, int]:
     return sizes
 
 
-def batch_groups(mesh: Mesh) -> int:
+def batch_groups(mesh: Mesh | AbstractMesh) -> int:
     """Number of groups of devices that see different rows (data x fsdp)."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

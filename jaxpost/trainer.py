@@ -7,11 +7,13 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,7 +21,8 @@ from jaxpost.data.chat import Example, SFTDataConfig, encode_rows, prepare_token
 from jaxpost.data.formats import DatasetConfig, load_rows
 from jaxpost.data.loader import Loader, LoaderConfig, bucket_lengths
 from jaxpost.errors import ConfigError
-from jaxpost.models.checkpoint import Checkpoint, open_checkpoint
+from jaxpost.models.checkpoint import open_checkpoint
+from jaxpost.models.families import read_config
 from jaxpost.models.hf import ModelArguments, load, place, save_pretrained
 from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Batch, Objective
@@ -125,18 +128,23 @@ class Trainer:
         model = self.args.model_name_or_path if model is None else model
         if model is None:
             raise ConfigError("no model: give --model_name_or_path (a hub id, a local folder or a .gguf file)")
-        checkpoint = None if isinstance(model, Decoder) else open_checkpoint(model, self.args.model_revision)
-        self.model_name = "a given model" if checkpoint is None else str(model)
-        self.processing_class = self._tokenizer(checkpoint, processing_class)
-        self.generation_config = checkpoint.generation_config if checkpoint else {}
-        vocab_size = model.config.vocab_size if isinstance(model, Decoder) else int(checkpoint.config["vocab_size"])
         self.notes: list[str] = []
-        self.train_loader, self.eval_loader = self._loaders(train_dataset, eval_dataset, vocab_size)
         compute = self.args.compute()
         if isinstance(model, Decoder):
-            self.model = place(model, compute, self.mesh)
+            self.model_name, self.generation_config = "a given model", {}
+            config, tokenizer = model.config, processing_class
+            build = partial(place, model, compute, self.mesh)
         else:
-            self.model = load(checkpoint, self.model_name, dtype=self.args.dtype, compute=compute, mesh=self.mesh)
+            checkpoint = open_checkpoint(model, self.args.model_revision)
+            self.model_name, self.generation_config = str(model), checkpoint.generation_config
+            config = read_config(checkpoint.config, self.model_name)
+            tokenizer = processing_class or checkpoint.tokenizer()
+            build = partial(load, checkpoint, self.model_name, dtype=self.args.dtype, compute=compute, mesh=self.mesh)
+        if tokenizer is None:
+            raise ConfigError("no tokenizer: give processing_class along with a loaded model")
+        self.processing_class = prepare_tokenizer(tokenizer, self.args)
+        self.train_loader, self.eval_loader = self._loaders(train_dataset, eval_dataset, config.vocab_size)
+        self.model: Decoder = build()
 
     def train(self) -> dict[str, float]:
         """Run to the end and write the model, its metrics, curves and card to `output_dir`.
@@ -145,10 +153,10 @@ class Trainer:
             The last logged metrics of training and evaluation.
         """
         args, loader = self.args, self.train_loader
+        held_out = self.eval_loader if args.eval_strategy != "no" or args.eval_on_start else None
         total = args.total_steps(loader.steps_per_epoch)
         schedule = make_schedule(args, total)
-        graphdef, params, _ = nnx.split(self.model, nnx.Param, ...)
-        optimizer = make_optimizer(args, schedule, decay_mask(nnx.to_pure_dict(params)))
+        optimizer = make_optimizer(args, schedule, decay_mask)
         with jax.set_mesh(self.mesh):
             graphdef, state = create_state(self.model, optimizer, nnx.Param, self.mesh)
             checkpoints = Checkpoints(self.output_dir / "checkpoints", args) if args.save_strategy != "no" else None
@@ -169,7 +177,7 @@ class Trainer:
                     source=offline(loader(int(state.step)), self.mesh),
                     annotate=make_annotate(self.objective, graphdef),
                     step=step,
-                    evaluate=self._evaluation(graphdef),
+                    evaluate=self._evaluation(graphdef, held_out) if held_out else None,
                     save=checkpoints.save if checkpoints else lambda *_: None,
                     schedule=self._schedule(total),
                     log=log,
@@ -177,7 +185,7 @@ class Trainer:
                 )
             if checkpoints:
                 checkpoints.close()
-            self.model = merge(graphdef, state.params, state.frozen)
+        nnx.update(self.model, nnx.state(merge(graphdef, state.params, state.frozen)))
         self.save_model(self.output_dir)
         return self._report()
 
@@ -191,17 +199,12 @@ class Trainer:
             raise ConfigError("nothing to evaluate on: give eval_dataset, or --dataset_name with a test split")
         graphdef, params, frozen = nnx.split(self.model, nnx.Param, ...)
         with jax.set_mesh(self.mesh):
-            state = TrainState(np.int32(0), nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), None)
-            return self._evaluation(graphdef, always=True)(state)
+            state = TrainState(jnp.int32(0), nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), None)
+            return self._evaluation(graphdef, self.eval_loader)(state)
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Write the model as it is now to a Hugging Face folder."""
         save_pretrained(self.model, self.processing_class, path, generation_config=self.generation_config)
-
-    def _tokenizer(self, checkpoint: Checkpoint | None, given: Any) -> Any:
-        if given is None and checkpoint is None:
-            raise ConfigError("no tokenizer: give processing_class along with a loaded model")
-        return prepare_tokenizer(given if given is not None else checkpoint.tokenizer(), self.args)
 
     def _examples(self, rows: Any, name: str, vocab_size: int) -> list[Example]:
         examples, counts = self.method.encode(rows, self.processing_class, self.args, vocab_size=vocab_size, name=name)
@@ -210,15 +213,15 @@ class Trainer:
 
     def _loaders(self, train: Any, held_out: Any, vocab_size: int) -> tuple[Loader, Loader | None]:
         args, groups = self.args, batch_groups(self.mesh)
-        name = args.dataset_name
+        name, evaluates = args.dataset_name, args.eval_strategy != "no" or args.eval_on_start
         if train is None:
             if name is None:
                 raise ConfigError("no data: give --dataset_name (a file, a folder or a hub id)")
             train = load_rows(name, args.dataset_train_split, args.dataset_config)
-            if held_out is None and args.eval_strategy != "no":
+            if held_out is None and evaluates:
                 held_out = load_rows(name, args.dataset_test_split, args.dataset_config)
-        if held_out is None and args.eval_strategy != "no":
-            raise ConfigError(f"--eval_strategy {args.eval_strategy} needs eval_dataset")
+        if held_out is None and evaluates:
+            raise ConfigError("evaluation was asked for, but there is no eval_dataset")
         examples = self._examples(train, f"{name or 'train_dataset'} ({args.dataset_train_split})", vocab_size)
         loader = Loader(
             examples,
@@ -256,12 +259,10 @@ class Trainer:
 
     def _pad_id(self) -> int:
         """Any id will do: masks come from lengths."""
-        return self.processing_class.pad_token_id or 0
+        return int(self.processing_class.pad_token_id)
 
-    def _evaluation(self, graphdef: Any, always: bool = False) -> Callable[[TrainState], dict[str, float]] | None:
-        if self.eval_loader is None or not (always or self.args.eval_strategy != "no"):
-            return None
-        step, loader = make_eval_step(self.objective, graphdef), self.eval_loader
+    def _evaluation(self, graphdef: Any, loader: Loader) -> Callable[[TrainState], dict[str, float]]:
+        step = make_eval_step(self.objective, graphdef)
         return lambda state: evaluate(state, step, (put(batch, self.mesh) for batch in loader(0)))
 
     def _schedule(self, total: int) -> Schedule:

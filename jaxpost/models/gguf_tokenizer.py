@@ -99,7 +99,7 @@ def _byte_level(metadata: Metadata, vocab: dict[str, int]) -> tuple["Tokenizer",
         raise metadata.error(f"{_PRE} {name!r} is not supported (supported: {known}); {HF_FOLDER}")
     pre = _PRE_TOKENIZERS[name]
     merges = _pairs(metadata, vocab, metadata.array(_MERGES, str))
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=False))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges))
     steps: list[pre_tokenizers.PreTokenizer] = []
     if pre.digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))

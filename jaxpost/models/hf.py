@@ -102,17 +102,14 @@ def load(
 
 
 def place(model: Decoder, compute: Compute, mesh: jax.sharding.Mesh) -> Decoder:
-    """The same parameters laid out on `mesh`, computed with as `compute` says."""
-    graphdef, state = nnx.split(model)
-    weights = nnx.to_pure_dict(state)
-    placed: Decoder = nnx.merge(graphdef, jax.device_put(weights, shardings(weights, mesh)))
-    placed.compute = compute
-    return placed
+    """Lay a model's parameters out on `mesh`, in place, and let it compute as `compute` says."""
+    weights = nnx.to_pure_dict(nnx.state(model))
+    nnx.update(model, jax.device_put(weights, shardings(weights, mesh)))
+    model.compute = compute
+    return model
 
 
-def _reader(
-    checkpoint: Checkpoint, row: Row, shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
+def _reader(checkpoint: Checkpoint, row: Row, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[Any], np.ndarray]:
     """What `jax.make_array_from_callback` asks for one shard: only that slice is read and cast."""
 
     def tensor(name: str, index: tuple[slice, ...]) -> np.ndarray:

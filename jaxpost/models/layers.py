@@ -74,7 +74,7 @@ class MLP(nnx.Module):
         return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
-def rotary_frequencies(rotary: Rotary, head_dim: int) -> np.ndarray:
+def rotary_frequencies(rotary: Rotary, head_dim: int) -> Float[np.ndarray, "half"]:
     """Radians per position of each of the head_dim / 2 pairs, float32 (Su et al., 2021, arXiv:2104.09864)."""
     frequencies = 1.0 / rotary.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     if rotary.kind == "linear":
@@ -89,7 +89,7 @@ def rotary_frequencies(rotary: Rotary, head_dim: int) -> np.ndarray:
 
 
 def rotary_table(
-    positions: Int[Array, "B T"], frequencies: Float[Array, "half"]
+    positions: Int[Array, "B T"], frequencies: Float[np.ndarray, "half"]
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosine and sine of every angle; once per forward pass, shared by all layers."""
     angles = positions.astype(jnp.float32)[..., None] * frequencies

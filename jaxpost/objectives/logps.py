@@ -73,7 +73,8 @@ def score_tokens(
     width = jax.eval_shape(model.unembed, h[:, :1]).shape[-1]
     size = min(length, chunk or _chunk_positions(batch, width))
     room = -length % size
-    h, targets, mask = (jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2)) for x in (h, targets, mask))
+    h = jnp.pad(h, [(0, 0), (0, room), (0, 0)])
+    targets, mask = (jnp.pad(x, [(0, 0), (0, room)]) for x in (targets, mask))
     order = jnp.argsort(~mask, axis=1, stable=True)
     h = constrain(jnp.take_along_axis(h, order[:, :, None], axis=1), "batch", None, None)
     chunks = (jnp.max(jnp.sum(mask, axis=1)) + size - 1) // size

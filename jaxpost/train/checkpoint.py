@@ -81,10 +81,10 @@ class Checkpoints:
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{self.folder / str(step)} cannot be restored: {reason}") from error
-        for path, leaf in jax.tree_util.tree_leaves_with_path(restored.state):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"]):
             if not isinstance(leaf, jax.Array):
                 raise CheckpointError(f"{self.folder / str(step)} lacks {path_of(path)}")
-        return dataclasses.replace(state, **restored.state), restored.facts
+        return dataclasses.replace(state, **restored["state"]), restored["facts"]
 
     def _step(self, asked: str, steps: list[int]) -> int:
         if not steps:

@@ -152,7 +152,7 @@ def write_model_card(
         output_dir: holds the saved model; what lies there (an adapter, curves.png) is mentioned.
         base_model: Hub id or local path; of a local path only the last part is told.
         dataset: likewise.
-        method: the command's name, such as sft.
+        method: the command's name.
         config: the settings to list, as in config.yaml.
         versions: package -> version.
         metrics: name -> final value.

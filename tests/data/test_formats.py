@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 
+from jaxpost.data.chat import SFTDataConfig, encode_rows
 from jaxpost.data.formats import Block, blocks, detect_type, is_conversational, load_rows
 from jaxpost.errors import DataError
 
@@ -225,3 +226,60 @@ def test_blocks_cover_lists_and_datasets_alike():
 def test_null_keys_of_messages_are_left_out():
     block = Block({"m": [[{"role": "user", "content": "x", "name": None, "n": 0}]]}, 0, "rows")
     assert block.messages("m") == [[{"role": "user", "content": "x", "n": 0}]]
+
+
+IDS = {"input_ids": [5, 6]}
+LABELLED = {"input_ids": [5, 6], "labels": [5, 6]}
+TEXT = {"text": "ab"}
+MESSAGES = {"messages": CHAT}
+PAIR = {"prompt": "a", "completion": "b"}
+CHAT_PAIR = {"prompt": CHAT[:1], "completion": CHAT[1:]}
+
+
+@pytest.mark.parametrize(
+    ("good", "column", "bad", "message"),
+    [
+        (IDS, "input_ids", [5, 999], ": 999 at position 1 .from 0. is out of range 0..258"),
+        (IDS, "input_ids", [5, -1], ": -1 at position 1"),
+        (IDS, "input_ids", [5, 6.5], " must be a list of whole numbers"),
+        (IDS, "input_ids", "56", " must be a list of whole numbers, not str '56'"),
+        (LABELLED, "labels", [5, 259], ": 259 at position 1 .from 0. is out of range 0..258"),
+        (LABELLED, "labels", [-100, -7], ": -7 at position 1"),
+        (LABELLED, "labels", [6, 7], ": 7 at position 1 .from 0., where the token is 6"),
+        (LABELLED, "labels", [5], " has 1 values for 2 input_ids"),
+        (LABELLED, "labels", None, " must be a list of whole numbers, not null or missing"),
+        ({**IDS, "assistant_masks": [0, 1]}, "assistant_masks", [0, 2], ": 2 at position 1"),
+        (TEXT, "text", None, " must be text, not null or missing"),
+        (TEXT, "text", 3, " must be text, not int 3"),
+        (MESSAGES, "messages", [], " must be a list of messages .* not an empty list"),
+        (MESSAGES, "messages", "hi", " must be a list of messages .* not str 'hi'"),
+        (
+            MESSAGES,
+            "messages",
+            [{"role": "human", "content": "x"}],
+            ": message 1 has the unknown role 'human'; roles are sys",
+        ),
+        (MESSAGES, "messages", [CHAT[0], {"content": "x"}], ": message 2 has the unknown role None"),
+        (
+            MESSAGES,
+            "messages",
+            [CHAT[0], {"role": "user"}],
+            ": the content of message 2 must be text, not null or missing",
+        ),
+        (
+            MESSAGES,
+            "messages",
+            [{"role": "user", "content": [1]}],
+            r": the content of message 1 must be text, not list \[1\]",
+        ),
+        (PAIR, "completion", CHAT[1:], " must be text, not list"),
+        (CHAT_PAIR, "completion", "a", " must be a list of messages"),
+        (CHAT_PAIR, "completion", None, " must be a list of messages .* not null or missing"),
+    ],
+)
+def test_a_bad_row_is_named(good, column, bad, message, tokenizer):
+    """As training reads it, past the first block."""
+    rows = [good] * 1500 + [{**good, column: bad}]
+    with pytest.raises(DataError, match=f"^rows.jsonl, row 1501, column '{column}'{message}") as caught:
+        encode_rows(rows, tokenizer, SFTDataConfig(), vocab_size=len(tokenizer), name="rows.jsonl")
+    assert "\n" not in str(caught.value)

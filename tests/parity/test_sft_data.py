@@ -92,7 +92,6 @@ def prepare_with_trl(rows, tokenizer, output_dir, **options):
     return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch, trl and datasets, not ours
 @pytest.mark.parametrize(
     ("rows", "options"),
     [

@@ -1,0 +1,21 @@
+"""A refactor may not move these numbers; `python tools/make_golden.py` writes them anew where a change is meant."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.golden.trace import OBJECTIVES, trace
+
+STORED = json.loads((Path(__file__).parent / "traces.json").read_text())
+
+
+def test_every_objective_has_a_trace():
+    assert STORED.keys() == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_trace_is_as_stored(name):
+    for series, values in trace(name).items():
+        np.testing.assert_allclose(values, STORED[name][series], rtol=2e-5, err_msg=series)

@@ -1,0 +1,130 @@
+"""SFT on this machine: jaxpost against TRL, alternating, same model, same rows in the same order, both float32.
+
+    python tools/bench/sft.py --model MODEL --dataset ROWS.jsonl [--rounds 3] [--steps 10] [--batch_size 4]
+
+Each round starts a fresh process for either library and trains a few steps through its own trainer, as a user would.
+tokens/s counts real tokens (no padding) from the end of step WARM on. Prints a line a run, the medians and their ratio,
+and writes everything to --output as JSON. Needs the parity extra.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+WARM = 2  # steps that are not counted: compilation, allocator
+
+
+def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
+    from jaxpost import SFTConfig, SFTTrainer
+    from jaxpost.data.formats import load_rows
+
+    rows = load_rows(args.dataset, "train").select(range(args.steps * args.batch_size))
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder,
+            max_steps=args.steps,
+            logging_steps=1,
+            per_device_train_batch_size=args.batch_size,
+            train_sampling_strategy="sequential",
+            length_buckets=args.length_buckets,
+            gradient_checkpointing=args.gradient_checkpointing,
+            report_to=["none"],
+            save_strategy="no",
+        )
+        SFTTrainer(args.model, config, rows).train()
+        log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    seconds = sum(row["step_time"] for row in log[WARM:])
+    return rate(seconds, log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"])
+
+
+def run_trl(args: argparse.Namespace) -> dict[str, float]:
+    import torch
+    from datasets import load_dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    ends: list[tuple[float, float]] = []
+
+    class Timer(TrainerCallback):
+        def on_log(self, arguments: object, state: object, control: object, logs: dict, **_: object) -> None:
+            if "num_tokens" in logs:
+                ends.append((time.perf_counter(), logs["num_tokens"]))
+
+    torch.set_num_threads(args.threads)
+    rows = load_dataset("json", data_files=args.dataset, split="train").select(range(args.steps * args.batch_size))
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder,
+            max_steps=args.steps,
+            logging_steps=1,
+            per_device_train_batch_size=args.batch_size,
+            train_sampling_strategy="sequential",
+            bf16=args.trl_bf16,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        SFTTrainer(args.model, config, train_dataset=rows, callbacks=[Timer()]).train()
+    (begin, before), (end, after) = ends[WARM - 1], ends[-1]
+    return rate(end - begin, after - before)
+
+
+def rate(seconds: float, tokens: float) -> dict[str, float]:
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
+
+
+def as_folder(model: str, where: Path) -> str:
+    """TRL reads folders: a GGUF file is written out once."""
+    if not model.endswith(".gguf"):
+        return model
+    from jaxpost import from_pretrained, save_pretrained
+    from jaxpost.models.checkpoint import open_checkpoint
+
+    folder = where / Path(model).stem
+    if not (folder / "config.json").exists():
+        save_pretrained(from_pretrained(model), open_checkpoint(model).tokenizer(), folder)
+    return str(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder, hub id or .gguf file")
+    parser.add_argument("--dataset", required=True, help="prompt-completion rows, .jsonl")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--length_buckets", type=int, default=4)
+    parser.add_argument("--gradient_checkpointing", type=lambda text: text == "true", default=True)
+    parser.add_argument("--trl_bf16", action="store_true", help="TRL's default autocast instead of float32")
+    parser.add_argument("--only", choices=["jaxpost", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--output", default="sft.json")
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps({"jaxpost": run_jaxpost, "trl": run_trl}[args.only](args)))
+        return
+    results: dict[str, list[dict[str, float]]] = {"jaxpost": [], "trl": []}
+    with tempfile.TemporaryDirectory() as where:
+        model = as_folder(args.model, Path(where))
+        for _ in range(args.rounds):
+            for name, runs in results.items():
+                command = [sys.executable, __file__, *sys.argv[1:], "--model", model, "--only", name]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                runs.append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{name:8} {runs[-1]['tokens_per_second']:7.1f} tokens/s", flush=True)
+    medians = {name: statistics.median(run["tokens_per_second"] for run in runs) for name, runs in results.items()}
+    print(
+        f"median   jaxpost {medians['jaxpost']:.1f}, trl {medians['trl']:.1f} tokens/s: "
+        f"{medians['jaxpost'] / medians['trl']:.2f}x"
+    )
+    Path(args.output).write_text(json.dumps({"flags": vars(args), "runs": results, "medians": medians}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

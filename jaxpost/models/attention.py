@@ -1,74 +1,193 @@
 """Attention behind one signature; kernels are chosen by platform and can be named.
 
 A query sees a key of the same segment at the same or an earlier position. Segments keep packed documents apart;
-segment 0 is padding, whose outputs nobody reads.
+segment 0 is padding, whose outputs nobody reads. Within a document positions count up by one from token to token.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from jaxpost.options import one_of
 
-BLOCK = 256  # queries
-NEGATIVE = -0.7 * jnp.finfo(jnp.float32).max  # finite: a row that sees nothing stays free of NaN
+BLOCK = 128  # queries, and keys, of a tile of the XLA kernel
+NEGATIVE = -1e30  # finite: a row that sees nothing stays free of NaN
+RESIDUALS = "attention"  # checkpoint name of what the backward pass needs besides its inputs
+
+
+class Places(NamedTuple):
+    """Where the tokens of a row stand: who sees whom.
+
+    Attributes:
+        positions: [B, T] place in the document.
+        segments: [B, T] number of the document; 0 is padding.
+    """
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
 
 
 def attention(
     query: Float[Array, "B T H d"],
-    key: Float[Array, "B S K d"],
-    value: Float[Array, "B S K d"],
+    key: Float[Array, "B T K d"],
+    value: Float[Array, "B T K d"],
+    places: Places,
     *,
-    query_positions: Int[Array, "B T"],
-    key_positions: Int[Array, "B S"],
-    query_segments: Int[Array, "B T"],
-    key_segments: Int[Array, "B S"],
     scale: float,
     kernel: str = "auto",
 ) -> Float[Array, "B T H d"]:
-    """Causal softmax attention with grouped queries (Ainslie et al., 2023, arXiv:2305.13245).
+    """Causal softmax attention of rows to themselves, with grouped queries (Ainslie et al., 2023, arXiv:2305.13245).
 
     Raises:
         ConfigError: unknown kernel name.
     """
-    chosen = KERNELS[one_of("attn_implementation", kernel, tuple(KERNELS))]
-    queries = (query, query_positions, query_segments)
-    return chosen(queries, (key, value, key_positions, key_segments), scale)
-
-
-def _xla(queries: tuple[Array, ...], keys: tuple[Array, ...], scale: float) -> Float[Array, "B T H d"]:
-    """Blocks of queries one after the other, recomputed in the backward pass: only a block's scores are ever held."""
-    length = queries[0].shape[1]
-    if length <= BLOCK:
-        return _block(queries, keys, scale)
-    room = -length % BLOCK
-
-    def blocks(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2))
-        return padded.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
-
-    block = jax.checkpoint(lambda part: _block(part, keys, scale), prevent_cse=False)
-    outputs = jax.lax.map(block, tuple(blocks(x) for x in queries))
-    return outputs.swapaxes(0, 1).reshape(outputs.shape[1], -1, *outputs.shape[3:])[:, :length]
-
-
-def _block(queries: tuple[Array, ...], keys: tuple[Array, ...], scale: float) -> Float[Array, "B T H d"]:
-    """Scores in float32 whatever the inputs; keys and values are never repeated for the query groups."""
-    query, query_positions, query_segments = queries
-    key, value, key_positions, key_segments = keys
-    visible = (query_segments[:, :, None] == key_segments[:, None, :]) & (
-        query_positions[:, :, None] >= key_positions[:, None, :]
-    )
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, NEGATIVE), axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)
+    room = -length % min(BLOCK, length)
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    pad = [(0, 0)] * 3 + [(0, room), (0, 0)]
+    query, key, value = (jnp.pad(x, pad) for x in (grouped, *(x.swapaxes(1, 2)[:, :, None] for x in (key, value))))
+    places = Places(*(jnp.pad(x, pad[2:4]) for x in places))
+    run = KERNELS[one_of("attn_implementation", kernel, tuple(KERNELS))]
+    out = run(query * scale, key[:, :, 0], value[:, :, 0], places)
+    return out[:, :, :, :length].transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
-Kernel = Callable[[tuple[Array, ...], tuple[Array, ...], float], Array]
-KERNELS: dict[str, Kernel] = {"auto": _xla, "xla": _xla}
+def attend_cache(
+    query: Float[Array, "B H d"],
+    keys: Float[Array, "B S K d"],
+    values: Float[Array, "B S K d"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float,
+) -> Float[Array, "B H d"]:
+    """Attention of one new token a row to the first `lengths` slots of its cache; scores in float32."""
+    batch, heads, dim = query.shape
+    grouped = query.reshape(batch, keys.shape[2], -1, dim)
+    scores = jnp.einsum("bkgd,bskd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
+    visible = jnp.arange(keys.shape[1]) < lengths[:, None]
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, NEGATIVE), axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgs,bskd->bkgd", weights, values).reshape(batch, heads, dim)
+
+
+@jax.custom_vjp
+def _tiled(
+    query: Float[Array, "B K G T d"], key: Float[Array, "B K T d"], value: Float[Array, "B K T d"], places: Places
+) -> Float[Array, "B K G T d"]:
+    """FlashAttention in plain XLA (Dao et al., 2022, arXiv:2205.14135): tiles of scores, none kept.
+
+    Tiles above the diagonal and tiles of earlier documents only are skipped at run time.
+    """
+    return _tiled_forward(query, key, value, places)[0]
+
+
+def _tiled_forward(query: Array, key: Array, value: Array, places: Places) -> tuple[Array, tuple]:
+    size = min(BLOCK, query.shape[3])
+    starts = _first_tiles(places, size)
+
+    def row(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        tile_query = _window(query, index, size)
+
+        def column(other: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            peak, mass, out = sums
+            scores = _scores(tile_query, key, places, index, other, size)
+            new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+            weights, shrink = jnp.exp(scores - new_peak[..., None]), jnp.exp(peak - new_peak)
+            part = _matmul("bkgts,bksd->bkgtd", weights.astype(value.dtype), _window(value, other, size))
+            return new_peak, mass * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + part
+
+        shape = tile_query.shape[:-1]
+        empty = (jnp.full(shape, NEGATIVE), jnp.zeros(shape), jnp.zeros(tile_query.shape))
+        peak, mass, out = lax.fori_loop(starts[index], index + 1, column, empty)
+        new = (out / mass[..., None]).astype(query.dtype), peak + jnp.log(mass)
+        return _put_window(results[0], new[0], index, size), _put_window(
+            results[1][..., None], new[1][..., None], index, size
+        )[..., 0]
+
+    start = (jnp.zeros_like(query), jnp.zeros(query.shape[:-1], jnp.float32))
+    out, normalizer = lax.fori_loop(0, query.shape[3] // size, row, start)
+    out, normalizer = checkpoint_name(out, RESIDUALS), checkpoint_name(normalizer, RESIDUALS)
+    return out, (query, key, value, places, out, normalizer)
+
+
+def _tiled_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
+    query, key, value, places, out, normalizer = saved
+    size = min(BLOCK, query.shape[3])
+    starts = _first_tiles(places, size)
+    delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+    def row(index: Array, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        of_query, of_key, of_value = gradients
+        tile_query, tile_gradient = _window(query, index, size), _window(gradient, index, size)
+        tile_normalizer, tile_delta = (_window(x[..., None], index, size) for x in (normalizer, delta))
+
+        def column(other: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            of_tile, of_key, of_value = sums
+            tile_key, tile_value = _window(key, other, size), _window(value, other, size)
+            weights = jnp.exp(_scores(tile_query, key, places, index, other, size) - tile_normalizer)
+            of_weights = _matmul("bkgtd,bksd->bkgts", tile_gradient, tile_value)
+            of_scores = (weights * (of_weights - tile_delta)).astype(query.dtype)
+            add_key = _matmul("bkgts,bkgtd->bksd", of_scores, tile_query)
+            add_value = _matmul("bkgts,bkgtd->bksd", weights.astype(query.dtype), tile_gradient)
+            return (
+                of_tile + _matmul("bkgts,bksd->bkgtd", of_scores, tile_key),
+                _put_window(of_key, _window(of_key, other, size) + add_key, other, size),
+                _put_window(of_value, _window(of_value, other, size) + add_value, other, size),
+            )
+
+        begin = (jnp.zeros(tile_query.shape), of_key, of_value)
+        of_tile, of_key, of_value = lax.fori_loop(starts[index], index + 1, column, begin)
+        return _put_window(of_query, of_tile.astype(query.dtype), index, size), of_key, of_value
+
+    start = (jnp.zeros_like(query), jnp.zeros(key.shape), jnp.zeros(value.shape))
+    of_query, of_key, of_value = lax.fori_loop(0, query.shape[3] // size, row, start)
+    return of_query, of_key.astype(key.dtype), of_value.astype(value.dtype), None
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+def _first_tiles(places: Places, size: int) -> Int[Array, "tiles"]:
+    """For each tile of queries the first tile of keys that any row needs: where its first token's document begins."""
+    first = jnp.arange(0, places.positions.shape[1], size)
+    begins = jnp.min(first - places.positions[:, ::size], axis=0)
+    return jnp.maximum(begins, 0) // size
+
+
+def _scores(query: Array, key: Array, places: Places, row: Array, column: Array, size: int) -> Array:
+    """Masked float32 scores of a tile."""
+    ours, theirs = (Places(*(_window(x[..., None], i, size)[..., 0] for x in places)) for i in (row, column))
+    visible = (ours.segments[:, :, None] == theirs.segments[:, None, :]) & (
+        ours.positions[:, :, None] >= theirs.positions[:, None, :]
+    )
+    scores = _matmul("bkgtd,bksd->bkgts", query, _window(key, column, size))
+    return jnp.where(visible[:, None, None], scores, NEGATIVE)
+
+
+def _matmul(formula: str, a: Array, b: Array) -> Array:
+    """Grouped einsum as one batched matrix product a key head: XLA on CPU runs it twice as fast as five dimensions."""
+    left, right = formula.split("->")[0].split(",")
+    groups, tokens = a.shape[2:4]
+    flat_a = a.reshape(*a.shape[:2], groups * tokens, a.shape[4])
+    if "g" in right:  # contracts the queries away
+        flat_b = b.reshape(*b.shape[:2], groups * tokens, b.shape[4])
+        return jnp.einsum("bkqs,bkqd->bksd", flat_a, flat_b, preferred_element_type=jnp.float32)
+    inner = "bkqd,bksd->bkqs" if left.endswith("d") else "bkqs,bksd->bkqd"
+    out = jnp.einsum(inner, flat_a, b, preferred_element_type=jnp.float32)
+    return out.reshape(*a.shape[:4], out.shape[-1])
+
+
+def _window(x: Array, index: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, index * size, size, axis=x.ndim - 2)
+
+
+def _put_window(whole: Array, part: Array, index: Array, size: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=whole.ndim - 2)
+
+
+KERNELS: dict[str, Callable[[Array, Array, Array, Places], Array]] = {"auto": _tiled, "xla": _tiled}

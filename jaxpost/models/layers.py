@@ -43,7 +43,7 @@ class Embed(nnx.Module):
     def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, dim)) * 0.02)
 
-    def __call__(self, tokens: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Int[Array, "rows"], dtype: str) -> Float[Array, "rows D"]:
         # An id outside of the table becomes NaN rather than a neighbour's row: see `data` for the check with a name.
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
@@ -70,7 +70,7 @@ class MLP(nnx.Module):
         self.down = Linear(config.mlp_dim, config.embed_dim, bias=config.mlp_bias, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
         return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
@@ -89,17 +89,17 @@ def rotary_frequencies(rotary: Rotary, head_dim: int) -> Float[np.ndarray, "half
 
 
 def rotary_table(
-    positions: Int[Array, "B T"], frequencies: Float[np.ndarray, "half"]
-) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    positions: Int[Array, "rows"], frequencies: Float[np.ndarray, "half"]
+) -> tuple[Float[Array, "rows half"], Float[Array, "rows half"]]:
     """Cosine and sine of every angle; once per forward pass, shared by all layers."""
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rotary(
-    x: Float[Array, "B T heads d"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
-) -> Float[Array, "B T heads d"]:
+    x: Float[Array, "rows heads d"], cos: Float[Array, "rows half"], sin: Float[Array, "rows half"]
+) -> Float[Array, "rows heads d"]:
     """Turn the pairs (x[i], x[i + d/2]) by their angles, as HF does."""
-    cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
+    cos, sin = cos[:, None].astype(x.dtype), sin[:, None].astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -11,12 +11,18 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxpost.models.attention import attention
+from jaxpost.models.attention import RESIDUALS, Places, attend_cache, attention
 from jaxpost.models.config import Compute, ModelConfig
 from jaxpost.models.layers import MLP, Embed, Head, Linear, RMSNorm, apply_rotary, rotary_frequencies, rotary_table
 from jaxpost.sharding import constrain
 
-REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+REMAT = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+    ),
+    "full": None,
+}
 
 
 class Cache(NamedTuple):
@@ -47,16 +53,16 @@ class Attention(nnx.Module):
         self.value = Linear(config.embed_dim, kv_heads, bias=bias, rngs=rngs)
         self.out = Linear(heads, config.embed_dim, bias=bias, rngs=rngs)
 
-    def project(self, x: Float[Array, "B T D"], rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        """Queries [B, T, H, d], keys and values [B, T, K, d], rotated."""
+    def project(self, x: Float[Array, "rows D"], rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """Queries [rows, H, d], keys and values [rows, K, d], rotated."""
         query, key, value = (
-            linear(x).reshape(*x.shape[:2], -1, self.head_dim) for linear in (self.query, self.key, self.value)
+            linear(x).reshape(len(x), -1, self.head_dim) for linear in (self.query, self.key, self.value)
         )
         return apply_rotary(query, *rotary), apply_rotary(key, *rotary), value
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; the rows are the tokens of all examples, since only attention knows of examples."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
@@ -64,11 +70,11 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
-    def project(self, h: Float[Array, "B T D"], rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def project(self, h: Float[Array, "rows D"], rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         return self.attention.project(self.attention_norm(h), rotary)
 
-    def finish(self, h: Float[Array, "B T D"], attended: Float[Array, "B T H d"]) -> Float[Array, "B T D"]:
-        h = h + self.attention.out(attended.reshape(*h.shape[:2], -1))
+    def finish(self, h: Float[Array, "rows D"], attended: Float[Array, "rows H d"]) -> Float[Array, "rows D"]:
+        h = h + self.attention.out(attended.reshape(len(h), -1))
         return h + self.mlp(self.mlp_norm(h))
 
 
@@ -123,56 +129,38 @@ class Decoder(nnx.Module):
 
         Layers are unrolled with a cache each: scanning them with the cache copies all of it at every token.
         """
-        positions = cache.lengths[:, None]
-        rotary = rotary_table(positions, rotary_frequencies(self.config.rotary, self.config.head_dim))
-        slots = jnp.broadcast_to(jnp.arange(cache.keys[0].shape[1]), (len(tokens), cache.keys[0].shape[1]))
-        rows, ones = jnp.arange(len(tokens)), jnp.ones_like(positions)
+        rotary = rotary_table(cache.lengths, rotary_frequencies(self.config.rotary, self.config.head_dim))
+        rows = jnp.arange(len(tokens))
         graphdef, stacked = nnx.split(self.layers)
-        h = self.embed(tokens[:, None], self.compute.dtype)
+        h = self.embed(tokens, self.compute.dtype)
         keys, values = [], []
         for index in range(self.config.num_layers):
             block = nnx.merge(graphdef, jax.tree.map(lambda weight, index=index: weight[index], stacked))
             query, key, value = block.project(h, rotary)
-            keys.append(cache.keys[index].at[rows, cache.lengths].set(key[:, 0]))
-            values.append(cache.values[index].at[rows, cache.lengths].set(value[:, 0]))
-            attended = attention(
-                query,
-                keys[index],
-                values[index],
-                query_positions=positions,
-                key_positions=slots,
-                query_segments=ones,
-                key_segments=jnp.ones_like(slots),
-                scale=self.config.head_dim**-0.5,
-                kernel=self.compute.attention,
+            keys.append(cache.keys[index].at[rows, cache.lengths].set(key))
+            values.append(cache.values[index].at[rows, cache.lengths].set(value))
+            attended = attend_cache(
+                query, keys[index], values[index], cache.lengths + 1, scale=self.config.head_dim**-0.5
             )
             h = block.finish(h, attended)
-        return self.norm(h)[:, 0], Cache(tuple(keys), tuple(values), cache.lengths + 1)
+        return self.norm(h), Cache(tuple(keys), tuple(values), cache.lengths + 1)
 
     def _walk(self, tokens: Array, positions: Array, segments: Array, *, with_cache: bool) -> tuple[Array, tuple]:
         """Scan the blocks; with_cache also stacks every layer's keys and values."""
-        rotary = rotary_table(positions, rotary_frequencies(self.config.rotary, self.config.head_dim))
+        places, shape = Places(positions, segments), tokens.shape
+        rotary = rotary_table(positions.reshape(-1), rotary_frequencies(self.config.rotary, self.config.head_dim))
         graphdef, stacked = nnx.split(self.layers)
 
         def body(h: Array, weights: nnx.State) -> tuple[Array, tuple]:
             block = nnx.merge(graphdef, weights)
-            query, key, value = block.project(h, rotary)
-            attended = attention(
-                query,
-                key,
-                value,
-                query_positions=positions,
-                key_positions=positions,
-                query_segments=segments,
-                key_segments=segments,
-                scale=self.config.head_dim**-0.5,
-                kernel=self.compute.attention,
-            )
-            h = constrain(block.finish(h, attended), "batch", None, None)
+            query, key, value = (x.reshape(*shape, *x.shape[1:]) for x in block.project(h, rotary))
+            scale, kernel = self.config.head_dim**-0.5, self.compute.attention
+            attended = attention(query, key, value, places, scale=scale, kernel=kernel)
+            h = constrain(block.finish(h, attended.reshape(-1, *attended.shape[2:])), "batch", None)
             return h, (key, value) if with_cache else ()
 
         if self.compute.remat != "none":
             body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
-        h = constrain(self.embed(tokens, self.compute.dtype), "batch", None, None)
+        h = constrain(self.embed(tokens.reshape(-1), self.compute.dtype), "batch", None)
         h, cached = jax.lax.scan(body, h, stacked)
-        return self.norm(h), cached
+        return self.norm(h).reshape(*shape, -1), cached

@@ -79,7 +79,7 @@ def score_tokens(
     h = constrain(jnp.take_along_axis(h, order[:, :, None], axis=1), "batch", None, None)
     chunks = (jnp.max(jnp.sum(mask, axis=1)) + size - 1) // size
     # The weights behind `unembed` become arguments, so that only they get a gradient here.
-    unembed, weights = jax.closure_convert(model.unembed, h[:, :size])
+    unembed, weights = jax.closure_convert(model.unembed, h[:, :size].reshape(-1, h.shape[-1]))
     score = partial(_score_chunk, unembed, temperature, entropy_gradient)
     scores = _score_chunks(score, size, weights, h, jnp.take_along_axis(targets, order, axis=1), chunks)
     back = jnp.argsort(order, axis=1)
@@ -100,16 +100,18 @@ def _score_chunk(
     h: Float[Array, "B C D"],
     targets: Int[Array, "B C"],
 ) -> TokenScores:
-    logits = unembed(h, *weights).astype(jnp.float32) / temperature
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # One row a token: XLA on CPU spreads work over the leading dimension.
+    logits = unembed(h.reshape(-1, h.shape[-1]), *weights).astype(jnp.float32) / temperature
+    chosen = jnp.take_along_axis(logits, targets.reshape(-1, 1), axis=-1)[:, 0]
     peak = lax.stop_gradient(jnp.max(logits, axis=-1))
-    shifted = jnp.exp(logits - peak[..., None])
+    shifted = jnp.exp(logits - peak[:, None])
     mass = jnp.sum(shifted, axis=-1)
     normalizer = peak + jnp.log(mass)
     entropy = normalizer - jnp.sum(shifted * logits, axis=-1) / mass
     if not entropy_gradient:
         entropy = lax.stop_gradient(entropy)
-    return TokenScores(chosen - normalizer, entropy, lax.stop_gradient((chosen >= peak).astype(jnp.float32)))
+    top = lax.stop_gradient((chosen >= peak).astype(jnp.float32))
+    return TokenScores(*(x.reshape(targets.shape) for x in (chosen - normalizer, entropy, top)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -19,7 +20,7 @@ from flax import nnx
 
 from jaxpost.data.chat import Example, SFTDataConfig, encode_rows, prepare_tokenizer
 from jaxpost.data.formats import DatasetConfig, load_rows
-from jaxpost.data.loader import Loader, LoaderConfig, bucket_lengths
+from jaxpost.data.loader import Loader, LoaderConfig
 from jaxpost.errors import ConfigError
 from jaxpost.models.checkpoint import open_checkpoint
 from jaxpost.models.families import read_config
@@ -36,7 +37,7 @@ from jaxpost.train.loop import LoopConfig, Schedule, fit
 from jaxpost.train.optim import OptimConfig, make_optimizer, make_schedule
 from jaxpost.train.report import write_curves, write_model_card
 from jaxpost.train.state import TrainState, create_state, decay_mask, merge
-from jaxpost.train.step import make_annotate, make_step
+from jaxpost.train.step import Programs, make_annotate, make_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,7 @@ class Trainer:
         """
         args, loader = self.args, self.train_loader
         held_out = self.eval_loader if args.eval_strategy != "no" or args.eval_on_start else None
-        total = args.total_steps(loader.steps_per_epoch)
+        total = loader.num_steps
         schedule = make_schedule(args, total)
         optimizer = make_optimizer(args, schedule, decay_mask)
         with jax.set_mesh(self.mesh):
@@ -162,20 +163,25 @@ class Trainer:
             checkpoints = Checkpoints(self.output_dir / "checkpoints", args) if args.save_strategy != "no" else None
             restored = checkpoints.restore(state) if checkpoints else None
             state, facts = restored or (state, {"num_tokens": 0})
-            step = make_step(
-                self.objective,
-                graphdef,
-                state,
-                optimizer,
-                schedule,
-                max_grad_norm=args.max_grad_norm,
-                num_micro_batches=args.gradient_accumulation_steps,
+            annotate = make_annotate(self.objective, graphdef)
+            step = Programs(
+                make_step(
+                    self.objective,
+                    graphdef,
+                    state,
+                    optimizer,
+                    schedule,
+                    max_grad_norm=args.max_grad_norm,
+                    num_micro_batches=args.gradient_accumulation_steps,
+                )
             )
             with self._log(total, int(state.step)) as log:
+                for length in loader.lengths:
+                    step.prepare(state, annotate(state, put(loader.empty(length), self.mesh)))
                 state = fit(
                     state,
                     source=offline(loader(int(state.step)), self.mesh),
-                    annotate=make_annotate(self.objective, graphdef),
+                    annotate=annotate,
                     step=step,
                     evaluate=self._evaluation(graphdef, held_out) if held_out else None,
                     save=checkpoints.save if checkpoints else lambda *_: None,
@@ -223,39 +229,45 @@ class Trainer:
         if held_out is None and evaluates:
             raise ConfigError("evaluation was asked for, but there is no eval_dataset")
         examples = self._examples(train, f"{name or 'train_dataset'} ({args.dataset_train_split})", vocab_size)
-        loader = Loader(
+        micro_batches = args.gradient_accumulation_steps
+        size = args.per_device_train_batch_size * groups * micro_batches
+        loader = self._loader(
             examples,
-            global_batch_size=args.per_device_train_batch_size * groups * args.gradient_accumulation_steps,
-            pad_id=self._pad_id(),
+            size,
+            num_rows=groups * micro_batches if args.padding_free else size,
+            num_steps=args.total_steps(math.ceil(len(examples) / size)),
             seed=args.seed if args.data_seed is None else args.data_seed,
             sampling=args.train_sampling_strategy,
-            num_epochs=None,
-            lengths=self._lengths(examples),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
+        self.notes.append(f"rows of {', '.join(map(str, loader.lengths))} tokens, {loader.padding:.0%} of them padding")
         if held_out is None:
             return loader, None
         return loader, self._eval_loader(self._examples(held_out, f"{name or 'eval_dataset'} (evaluation)", vocab_size))
 
     def _eval_loader(self, examples: list[Example]) -> Loader:
-        return Loader(
+        groups = batch_groups(self.mesh)
+        size = self.args.per_device_eval_batch_size * groups
+        return self._loader(
             examples,
-            global_batch_size=self.args.per_device_eval_batch_size * batch_groups(self.mesh),
-            pad_id=self._pad_id(),
+            size,
+            num_rows=groups if self.args.padding_free else size,
+            num_steps=math.ceil(len(examples) / size),
             seed=0,
             sampling="sequential",
-            num_epochs=1,
-            lengths=self._lengths(examples),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
 
-    def _lengths(self, examples: list[Example]) -> list[int]:
-        """The padded lengths that will be compiled."""
-        multiple = self.args.pad_to_multiple_of or (8 if jax.default_backend() == "cpu" else 128)
-        lengths = [len(example.tokens) for example in examples]
-        return bucket_lengths(lengths, self.args.max_length, self.args.length_buckets, multiple)
+    def _loader(self, examples: list[Example], size: int, **options: Any) -> Loader:
+        return Loader(
+            examples,
+            global_batch_size=size,
+            num_lengths=self.args.length_buckets,
+            # A tile of the attention kernel, unless the rows are shorter than that.
+            multiple=self.args.pad_to_multiple_of or (64 if jax.default_backend() == "cpu" else 128),
+            pad_id=self._pad_id(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            **options,
+        )
 
     def _pad_id(self) -> int:
         """Any id will do: masks come from lengths."""

@@ -1,8 +1,8 @@
 """Examples to padded batches: a global order that is a function of the seed alone, one slice for each process."""
 
 import functools
+import heapq
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from jaxpost.options import one_of, option
 SAMPLING = ("random", "sequential", "group_by_length")
 MEGA_BATCHES = 50  # batches that group_by_length sorts together, as in transformers
 MAX_CANDIDATES = 1024  # lengths among which the buckets are chosen
+MAX_PLANNED = 1_000_000  # examples whose batches are laid out in advance to choose them
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 4
 
@@ -28,7 +29,8 @@ class LoaderConfig:
     gradient_accumulation_steps: int = option(1, "micro-batches whose gradients one optimizer step adds up")
     train_sampling_strategy: str = option("random", "order of the training rows: random, sequential, group_by_length")
     pad_to_multiple_of: int | None = option(None, "round padded lengths up to this; null: 8 on CPU, 128 elsewhere")
-    length_buckets: int = option(1, "number of padded lengths; each is compiled once")
+    padding_free: bool = option(True, "put a device's examples one after the other in one row, instead of padding each")
+    length_buckets: int = option(1, "number of row lengths to compile; more of them waste fewer tokens on padding")
     data_seed: int | None = option(None, "seed of the order of the rows; null: seed")
 
     def __post_init__(self) -> None:
@@ -48,20 +50,28 @@ class LoaderConfig:
 class Loader:
     """Batches of examples in an order that depends on the seed and the epoch only, not on the number of processes.
 
-    Every epoch has each example once, in a fresh order. Its last batch is filled up with empty rows. All processes get
-    the same padded length: the shortest of `lengths` that holds the longest row of the global batch.
+    Every epoch has each example once, in a fresh order; its last batch is smaller. The examples of a batch are spread
+    over `num_rows` rows, so that the longest row is short; with as many rows as examples each has its own. All batches
+    have `num_rows` rows of one of few lengths, and all processes the same.
 
     Args:
         examples: what to load.
-        global_batch_size: rows of one batch over all processes; `process_count` must divide it.
+        global_batch_size: examples of one batch over all processes.
+        num_rows: rows of one batch; `process_count` must divide them.
+        num_steps: batches that the run will take; the row lengths suit them.
         pad_id: token id in the padding.
         seed: not negative.
         sampling: random, sequential or group_by_length.
-        num_epochs: when iteration ends, rounded up to a step; None for never.
-        lengths: padded lengths in tokens, ascending, from `bucket_lengths`.
+        num_lengths: at most this many row lengths.
+        multiple: every row length is a multiple of this.
+
+    Attributes:
+        steps_per_epoch: batches in an epoch.
+        lengths: row lengths in tokens, ascending.
+        padding: share of the planned batches' tokens that is padding.
 
     Raises:
-        ConfigError: the global batch cannot be divided among the processes, or there is no such sampling.
+        ConfigError: the rows cannot be divided among the processes, or there is no such sampling.
     """
 
     def __init__(
@@ -69,28 +79,33 @@ class Loader:
         examples: Sequence[Example],
         *,
         global_batch_size: int,
+        num_rows: int,
+        num_steps: int,
         pad_id: int,
         seed: int,
         sampling: str,
-        num_epochs: float | None,
-        lengths: Sequence[int],
+        num_lengths: int,
+        multiple: int,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
         one_of("train_sampling_strategy", sampling, SAMPLING)
-        if global_batch_size % process_count:
+        if num_rows % process_count:
             raise ConfigError(
-                f"a global batch of {global_batch_size} rows cannot be divided among {process_count} processes; change "
+                f"a batch of {num_rows} rows cannot be divided among {process_count} processes; change "
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )
         self._sizes = np.array([len(example.tokens) for example in examples], np.int64)
-        assert len(examples) > 0 and list(lengths) == sorted(lengths) and self._sizes.max() <= lengths[-1]
-        self._examples, self._lengths = examples, np.asarray(lengths)
-        self._global_batch_size, self._pad_id, self._seed, self._sampling = global_batch_size, pad_id, seed, sampling
+        self._examples, self._global_batch_size, self._num_rows = examples, global_batch_size, num_rows
+        self._pad_id, self._seed, self._sampling, self._multiple = pad_id, seed, sampling, multiple
         self._process_index, self._process_count = process_index, process_count
         self._cached_order = functools.lru_cache(maxsize=2)(self.epoch_order)
-        self.steps_per_epoch = math.ceil(len(examples) / global_batch_size)
-        self.num_steps = None if num_epochs is None else math.ceil(num_epochs * self.steps_per_epoch)
+        self.num_steps, self.steps_per_epoch = num_steps, math.ceil(len(examples) / global_batch_size)
+        planned = [self.layout(step)[1] for step in range(min(num_steps, max(1, MAX_PLANNED // global_batch_size)))]
+        self.lengths = bucket_lengths(planned, num_lengths, multiple)
+        padded = num_rows * sum(self._padded(longest) for longest in planned)
+        real = sum(int(self._sizes[self._indices(step)].sum()) for step in range(len(planned)))
+        self.padding = 1 - real / padded
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Indices of the examples, int64 [N], in the order of this epoch."""
@@ -111,61 +126,86 @@ class Loader:
         order[[0, longest]] = order[[longest, 0]]
         return order
 
+    def layout(self, step: int) -> tuple[list[list[int]], int]:
+        """Which examples stand in each row of global batch number `step`, and the tokens of the longest row.
+
+        Longest first, each to the row that is shortest so far (Graham, 1969, "Bounds on Multiprocessing Timing
+        Anomalies"); the order of the rows is that of their first examples.
+        """
+        indices = self._indices(step)
+        rows = [(0, row, []) for row in range(self._num_rows)]
+        for place in np.argsort(-self._sizes[indices], kind="stable"):
+            total, row, places = heapq.heappop(rows)
+            places.append(int(place))
+            heapq.heappush(rows, (total + int(self._sizes[indices[place]]), row, places))
+        ordered = sorted((sorted(places) for _, _, places in rows), key=lambda places: places or [len(indices)])
+        return [[int(indices[place]) for place in places] for places in ordered], max(total for total, _, _ in rows)
+
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of global batch number `step`, from 0 and across epochs; the arrays of `collate`."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        size = self._global_batch_size
-        rows = self._cached_order(epoch)[index * size : (index + 1) * size]
-        length = int(self._lengths[np.searchsorted(self._lengths, self._sizes[rows].max())])
-        share = size // self._process_count
+        rows, longest = self.layout(step)
+        share = self._num_rows // self._process_count
         mine = rows[self._process_index * share : (self._process_index + 1) * share]
-        return collate([self._examples[i] for i in mine], length, share, self._pad_id)
+        return collate([[self._examples[i] for i in row] for row in mine], self._padded(longest), self._pad_id)
+
+    def empty(self, length: int) -> dict[str, np.ndarray]:
+        """This process's rows of a batch of that row length with nothing in it, to compile for."""
+        return collate([[]] * (self._num_rows // self._process_count), length, self._pad_id)
 
     def __call__(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Iterate over the batches from number `start_step` on, made ahead of their use in background threads."""
         import grain
 
-        stop = sys.maxsize if self.num_steps is None else max(start_step, self.num_steps)
         options = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
-        return iter(grain.MapDataset.range(start_step, stop).map(self.batch).to_iter_dataset(options))
+        steps = grain.MapDataset.range(start_step, max(start_step, self.num_steps))
+        return iter(steps.map(self.batch).to_iter_dataset(options))
+
+    def _indices(self, step: int) -> np.ndarray:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._cached_order(epoch)[index * self._global_batch_size : (index + 1) * self._global_batch_size]
+
+    def _padded(self, longest: int) -> int:
+        """The row length for a batch; beyond the planned ones, the next multiple."""
+        fitting = (length for length in self.lengths if length >= longest)
+        return next(fitting, -(-longest // self._multiple) * self._multiple)
 
 
-def collate(examples: Sequence[Example], length: int, num_rows: int, pad_id: int) -> dict[str, np.ndarray]:
-    """Pad examples on the right to [B, T] = [num_rows, length]; rows beyond the examples are all padding.
+def collate(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Put examples one after the other into rows, padded on the right: [B, T] = [len(rows), length].
 
     Returns:
-        tokens int32; positions int32, from 0 in each row; segments int32, 1 for tokens and 0 for padding; loss_mask
-        float32, 1 where the token is a training target.
+        tokens int32; positions int32, from 0 in each example; segments int32, 1, 2, ... by example and 0 for padding;
+        loss_mask float32, 1 where the token is a training target.
     """
-    tokens = np.full((num_rows, length), pad_id, np.int32)
-    positions, segments = np.zeros((2, num_rows, length), np.int32)
-    loss_mask = np.zeros((num_rows, length), np.float32)
-    for row, example in enumerate(examples):
-        size = len(example.tokens)
-        tokens[row, :size] = example.tokens
-        positions[row, :size] = np.arange(size)
-        segments[row, :size] = 1
-        loss_mask[row, :size] = example.loss_mask
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    positions, segments = np.zeros((2, len(rows), length), np.int32)
+    loss_mask = np.zeros((len(rows), length), np.float32)
+    for row, examples in enumerate(rows):
+        begin = 0
+        for segment, example in enumerate(examples, start=1):
+            part = slice(begin, begin + len(example.tokens))
+            tokens[row, part] = example.tokens
+            positions[row, part] = np.arange(len(example.tokens))
+            segments[row, part] = segment
+            loss_mask[row, part] = example.loss_mask
+            begin = part.stop
     return {"tokens": tokens, "positions": positions, "segments": segments, "loss_mask": loss_mask}
 
 
-def bucket_lengths(
-    lengths_of_examples: Sequence[int], max_length: int | None, num_buckets: int, multiple: int, rows_per_batch: int = 1
-) -> list[int]:
-    """The padded lengths to compile, at most `num_buckets`, ascending; the last one holds the longest example.
+def bucket_lengths(longest_rows: Sequence[int], num_buckets: int, multiple: int) -> list[int]:
+    """The row lengths to compile, at most `num_buckets`, ascending; the last one holds the longest row of all.
 
-    They minimise the tokens of the batches, each padded to the shortest length that holds it, where the longest of
-    `rows_per_batch` random rows sets a batch's length (1: rows of one length share a batch). Exact up to
+    They minimise the tokens of the batches, each padded to the shortest length that holds it. Exact up to
     MAX_CANDIDATES different lengths; beyond that, chosen among so many of them.
 
     Args:
-        lengths_of_examples: in tokens; more than `max_length` (None for no limit) counts as `max_length`.
+        longest_rows: tokens of the longest row of each batch.
+        num_buckets: at most this many lengths.
         multiple: every length is a multiple of this.
     """
-    limited = np.minimum(np.asarray(lengths_of_examples, np.int64), sys.maxsize if max_length is None else max_length)
-    candidates, counts = np.unique(-(-limited // multiple) * multiple, return_counts=True)
+    candidates, counts = np.unique(-(-np.asarray(longest_rows, np.int64) // multiple) * multiple, return_counts=True)
     # share[j]: the share of batches that fit into candidate j; share[-1] is 1
-    share = (np.cumsum(counts) / counts.sum()) ** rows_per_batch
+    share = np.cumsum(counts) / counts.sum()
     if len(candidates) > MAX_CANDIDATES:
         chosen = np.linspace(0, len(candidates) - 1, MAX_CANDIDATES).round().astype(int)
         candidates, share = candidates[chosen], share[chosen]

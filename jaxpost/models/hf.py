@@ -42,8 +42,10 @@ class ModelArguments:
 
     def compute(self) -> Compute:
         """How the forward and backward pass are carried out on this machine."""
-        bf16 = jax.default_backend() != "cpu" if self.bf16 is None else self.bf16
-        remat = "full" if self.gradient_checkpointing else "none"
+        on_cpu = jax.default_backend() == "cpu"
+        bf16 = not on_cpu if self.bf16 is None else self.bf16
+        # Host memory is ample, and matrix products are what a CPU is slow at: keep their results there.
+        remat = ("dots" if on_cpu else "full") if self.gradient_checkpointing else "none"
         return Compute(dtype="bfloat16" if bf16 else "float32", remat=remat, attention=self.attn_implementation)
 
 

@@ -92,6 +92,22 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
 
+class Programs:
+    """A step, compiled before it is needed for each shape of batch that will come; never again after that."""
+
+    def __init__(self, step: Any):
+        self.step = step
+        self.by_shape: dict[tuple[int, ...], Any] = {}
+
+    def prepare(self, state: TrainState, batch: Batch) -> None:
+        """Compile for batches of this shape; nothing is run."""
+        self.by_shape[batch["tokens"].shape] = self.step.lower(state, batch).compile()
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+        """Run the step; a shape that was not prepared is compiled now."""
+        return self.by_shape.get(batch["tokens"].shape, self.step)(state, batch)
+
+
 def updates_done(state: TrainState) -> Array:
     """What the optimizer's schedule counts: steps that were not skipped."""
     counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")

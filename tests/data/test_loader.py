@@ -32,18 +32,21 @@ def make_examples(count, seed=0, longest=40):
 def make_loader(examples, **changes):
     options = {
         "global_batch_size": 8,
+        "num_rows": 8,
+        "num_steps": 18,
         "pad_id": 3,
         "seed": 0,
         "sampling": "random",
-        "num_epochs": 1,
-        "lengths": [16, 40],
+        "num_lengths": 2,
+        "multiple": 8,
     }
     return Loader(examples, **{**options, **changes})
 
 
 def numbers(batch):
     """Which examples are in a batch, in order."""
-    return [int(row[0]) for row, real in zip(batch["tokens"], batch["segments"], strict=True) if real.any()]
+    begins = (batch["positions"] == 0) & (batch["segments"] > 0)
+    return [int(number) for number in batch["tokens"][begins]]
 
 
 def assert_same(one, other):
@@ -55,12 +58,13 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("process_count", [2, 8])
-def test_the_slices_of_all_processes_are_the_global_batch(sampling, process_count):
+@pytest.mark.parametrize("size", [8, 24])
+def test_the_slices_of_all_processes_are_the_global_batch(sampling, process_count, size):
     examples = make_examples(53)
-    whole = make_loader(examples, sampling=sampling)
+    options = {"sampling": sampling, "global_batch_size": size}
+    whole = make_loader(examples, **options)
     parts = [
-        make_loader(examples, sampling=sampling, process_index=i, process_count=process_count)
-        for i in range(process_count)
+        make_loader(examples, **options, process_index=i, process_count=process_count) for i in range(process_count)
     ]
     for step in range(2 * whole.steps_per_epoch):
         slices = [part.batch(step) for part in parts]
@@ -70,14 +74,15 @@ def test_the_slices_of_all_processes_are_the_global_batch(sampling, process_coun
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1003])
-def test_each_example_comes_once_per_epoch(sampling, count):
-    loader = make_loader(make_examples(count), sampling=sampling)
+@pytest.mark.parametrize("num_rows", [1, 3, 8])
+def test_each_example_comes_once_per_epoch(sampling, count, num_rows):
+    loader = make_loader(make_examples(count), sampling=sampling, num_rows=num_rows)
     assert loader.steps_per_epoch == -(-count // 8)
     for epoch in range(2):
         steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
         seen = [number for step in steps for number in numbers(loader.batch(step))]
         assert sorted(seen) == list(range(count))
-        if sampling == "sequential":
+        if sampling == "sequential" and num_rows in (1, 8):
             assert seen == list(range(count))
 
 
@@ -85,22 +90,14 @@ def test_each_example_comes_once_per_epoch(sampling, count):
 @pytest.mark.parametrize("start", [0, 1, 6, 7, 13, 14, 19])
 def test_iteration_resumes_at_any_step(sampling, start):
     examples = make_examples(53)
-    loader = make_loader(examples, sampling=sampling, num_epochs=2.5)
-    assert loader.num_steps == 18
+    loader = make_loader(examples, sampling=sampling)
     uninterrupted = list(loader(0))
     assert len(uninterrupted) == 18
-    resumed = list(make_loader(examples, sampling=sampling, num_epochs=2.5)(start))
+    resumed = list(make_loader(examples, sampling=sampling)(start))
     assert len(resumed) == max(0, 18 - start)
     for step, batch in enumerate(resumed, start=start):
         assert_same(batch, uninterrupted[step])
         assert_same(batch, loader.batch(step))
-
-
-def test_without_num_epochs_iteration_does_not_end():
-    loader = make_loader(make_examples(9), num_epochs=None)
-    assert loader.num_steps is None
-    batches = list(itertools.islice(loader(1_000_000), 50))
-    assert_same(batches[-1], loader.batch(1_000_049))
 
 
 @pytest.mark.parametrize("sampling", ["random", "group_by_length"])
@@ -121,7 +118,7 @@ def test_the_order_of_a_seed_is_the_same_in_every_version():
 
 def test_random_order_does_not_depend_on_the_batch_size():
     examples = make_examples(40)
-    small, large = make_loader(examples), make_loader(examples, global_batch_size=16)
+    small, large = make_loader(examples), make_loader(examples, global_batch_size=16, num_rows=16)
     both = [
         [n for step in range(loader.steps_per_epoch) for n in numbers(loader.batch(step))] for loader in (small, large)
     ]
@@ -131,7 +128,7 @@ def test_random_order_does_not_depend_on_the_batch_size():
 def test_group_by_length_sorts_within_mega_batches():
     examples = make_examples(1000, longest=400)
     sizes = np.array([len(example.tokens) for example in examples])
-    loader = make_loader(examples, sampling="group_by_length", lengths=[400])
+    loader = make_loader(examples, sampling="group_by_length")
     order = loader.epoch_order(0)
     mega = 8 * (1000 // (4 * 8))  # four mega-batches, as the data is less than 200 batches
     assert all(sizes[loader.epoch_order(epoch)[0]] == sizes.max() for epoch in range(5))
@@ -139,7 +136,7 @@ def test_group_by_length_sorts_within_mega_batches():
         part = sizes[order[start : start + mega]][1:]  # the first may have been exchanged for the longest of all
         assert (np.diff(part) <= 0).all()
     spread = [np.ptp(sizes[order[i : i + 8]]) for i in range(8, 1000, 8)]
-    shuffled = make_loader(examples, lengths=[400]).epoch_order(0)
+    shuffled = make_loader(examples).epoch_order(0)
     assert np.mean(spread) < 0.2 * np.mean([np.ptp(sizes[shuffled[i : i + 8]]) for i in range(8, 1000, 8)])
 
 
@@ -155,13 +152,27 @@ def test_the_last_batch_of_an_epoch_is_filled_with_empty_rows():
 def test_a_batch_takes_the_shortest_length_that_holds_its_longest_row():
     sizes = [3, 16, 2, 2, 17, 2, 40, 2]
     examples = [Example(np.full(size, i, np.int32), np.ones(size, bool)) for i, size in enumerate(sizes)]
-    loader = make_loader(examples, global_batch_size=2, sampling="sequential", lengths=[2, 16, 32, 40])
-    assert [loader.batch(step)["tokens"].shape for step in range(4)] == [(2, 16), (2, 2), (2, 32), (2, 40)]
+    options = {"global_batch_size": 2, "num_rows": 2, "sampling": "sequential", "num_steps": 4, "num_lengths": 4}
+    loader = make_loader(examples, **options, multiple=1)
+    assert loader.lengths == [2, 16, 17, 40]
+    assert [loader.batch(step)["tokens"].shape for step in range(4)] == [(2, 16), (2, 2), (2, 17), (2, 40)]
     # a process whose own rows are short pads to the length of the others' rows
-    last = make_loader(
-        examples, global_batch_size=2, sampling="sequential", lengths=[2, 16, 32, 40], process_index=1, process_count=2
-    )
-    assert [last.batch(step)["tokens"].shape for step in range(4)] == [(1, 16), (1, 2), (1, 32), (1, 40)]
+    last = make_loader(examples, **options, multiple=1, process_index=1, process_count=2)
+    assert [last.batch(step)["tokens"].shape for step in range(4)] == [(1, 16), (1, 2), (1, 17), (1, 40)]
+    # a batch that was not planned for gets a length of its own
+    assert make_loader(examples, **{**options, "num_steps": 1}).batch(3)["tokens"].shape == (2, 40)
+
+
+def test_fewer_rows_hold_several_examples_each_and_balance():
+    sizes = [10, 1, 9, 2, 8, 3, 7, 4]
+    examples = [Example(np.full(size, i, np.int32), np.ones(size, bool)) for i, size in enumerate(sizes)]
+    loader = make_loader(examples, num_rows=4, sampling="sequential", num_lengths=1, multiple=1, num_steps=1)
+    assert loader.lengths == [11]
+    assert loader.layout(0) == ([[0, 1], [2, 3], [4, 5], [6, 7]], 11)
+    assert loader.padding == 0
+    alone = make_loader(examples, sampling="sequential", num_lengths=1, multiple=1, num_steps=1)
+    assert alone.layout(0) == ([[i] for i in range(8)], 10)
+    assert alone.padding == pytest.approx(1 - 44 / 80)
 
 
 def test_collate():
@@ -169,11 +180,11 @@ def test_collate():
         Example(np.array([5, 6, 7], np.int32), np.array([False, True, False])),
         Example(np.array([8, 9], np.int32), np.array([False, True])),
     ]
-    batch = collate(examples, length=4, num_rows=3, pad_id=1)
-    assert batch["tokens"].tolist() == [[5, 6, 7, 1], [8, 9, 1, 1], [1, 1, 1, 1]]
-    assert batch["positions"].tolist() == [[0, 1, 2, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
-    assert batch["segments"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
-    assert batch["loss_mask"].tolist() == [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    batch = collate([examples, examples[1:], []], length=6, pad_id=1)
+    assert batch["tokens"].tolist() == [[5, 6, 7, 8, 9, 1], [8, 9, 1, 1, 1, 1], [1] * 6]
+    assert batch["positions"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0] * 6]
+    assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0], [0] * 6]
+    assert batch["loss_mask"].tolist() == [[0, 1, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0] * 6]
     assert {key: value.dtype.name for key, value in batch.items()} == {
         "tokens": "int32",
         "positions": "int32",
@@ -192,7 +203,7 @@ def test_buckets_pad_the_least(seed, num_buckets):
     rng = np.random.default_rng(seed)
     multiple = int(rng.choice([1, 4, 8]))
     lengths = np.minimum(1 + rng.exponential(12, 30), 32).astype(int).tolist()
-    buckets = bucket_lengths(lengths, None, num_buckets, multiple)
+    buckets = bucket_lengths(lengths, num_buckets, multiple)
     longest = -(-max(lengths) // multiple) * multiple
     assert buckets == sorted(set(buckets)) and buckets[-1] == longest and len(buckets) <= num_buckets
     assert all(bucket % multiple == 0 for bucket in buckets)
@@ -201,29 +212,17 @@ def test_buckets_pad_the_least(seed, num_buckets):
     assert padded_tokens(lengths, buckets) <= best
 
 
-def test_buckets_for_batches_of_random_rows_pad_the_least():
-    """Every batch of 3 rows out of 7, drawn with replacement, against every choice of two buckets."""
-    lengths = [1, 2, 2, 3, 8, 9, 20]
-    longest_rows = [max(rows) for rows in itertools.product(lengths, repeat=3)]
-    buckets = bucket_lengths(lengths, None, 2, 1, rows_per_batch=3)
-    best = min(padded_tokens(longest_rows, [first, 20]) for first in range(1, 20))
-    assert (
-        padded_tokens(longest_rows, buckets) == best < padded_tokens(longest_rows, bucket_lengths(lengths, None, 2, 1))
-    )
-
-
 def test_bucket_limits():
-    assert bucket_lengths([5, 700], 100, 1, 8) == [104]
-    assert bucket_lengths([5, 700], None, 1, 128) == [768]
-    assert bucket_lengths([5, 5, 6], 1024, 9, 8) == [8]
-    assert bucket_lengths([5, 12, 30], 1024, 9, 8) == [8, 16, 32]
-    many = bucket_lengths(range(1, 4 * MAX_CANDIDATES), None, 4, 1)
+    assert bucket_lengths([5, 700], 1, 128) == [768]
+    assert bucket_lengths([5, 5, 6], 9, 8) == [8]
+    assert bucket_lengths([5, 12, 30], 9, 8) == [8, 16, 32]
+    many = bucket_lengths(range(1, 4 * MAX_CANDIDATES), 4, 1)
     quarters = [MAX_CANDIDATES * i for i in (1, 2, 3, 4)]
     np.testing.assert_allclose(many, quarters, rtol=0.01)
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused():
-    with pytest.raises(ConfigError, match="a global batch of 8 rows cannot be divided among 3 processes"):
+    with pytest.raises(ConfigError, match="a batch of 8 rows cannot be divided among 3 processes"):
         make_loader(make_examples(4), process_count=3)
     with pytest.raises(ConfigError, match=r"train_sampling_strategy is 'randon' \(did you mean 'random'\?\)"):
         make_loader(make_examples(4), sampling="randon")

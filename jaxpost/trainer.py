@@ -263,15 +263,11 @@ class Trainer:
             num_lengths=self.args.length_buckets,
             # A tile of the attention kernel, unless the rows are shorter than that.
             multiple=self.args.pad_to_multiple_of or (64 if jax.default_backend() == "cpu" else 128),
-            pad_id=self._pad_id(),
+            pad_id=0,  # any id will do: masks come from lengths
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             **options,
         )
-
-    def _pad_id(self) -> int:
-        """Any id will do: masks come from lengths."""
-        return int(self.processing_class.pad_token_id)
 
     def _evaluation(self, graphdef: Any, loader: Loader) -> Callable[[TrainState], dict[str, float]]:
         step = make_eval_step(self.objective, graphdef)

@@ -214,7 +214,8 @@ class Trainer:
 
     def _examples(self, rows: Any, name: str, vocab_size: int) -> list[Example]:
         examples, counts = self.method.encode(rows, self.processing_class, self.args, vocab_size=vocab_size, name=name)
-        self.notes.append(f"{name}: {counts}")
+        kept, dropped, truncated = counts
+        self.notes.append(f"{name}: {kept} rows, {dropped} without a token to train dropped, {truncated} truncated")
         return examples
 
     def _loaders(self, train: Any, held_out: Any, vocab_size: int) -> tuple[Loader, Loader | None]:

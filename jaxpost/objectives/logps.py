@@ -83,7 +83,7 @@ def score_tokens(
     score = partial(_score_chunk, unembed, temperature, entropy_gradient)
     scores = _score_chunks(score, size, weights, h, jnp.take_along_axis(targets, order, axis=1), chunks)
     back = jnp.argsort(order, axis=1)
-    return TokenScores(*(jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)[:, :length] for x in scores))
+    return jax.tree.map(lambda x: jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)[:, :length], scores)
 
 
 def _chunk_positions(batch: int, vocab_size: int) -> int:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 
 class Mean(NamedTuple):
@@ -23,7 +23,6 @@ class Mean(NamedTuple):
         return jnp.where(self.count > 0, self.total / jnp.maximum(self.count, 1), 0.0)
 
 
-def masked_mean(values: Float[Array, "*shape"], mask: Float[Array, "*shape"]) -> Mean:
-    """The Mean of `values` where `mask` is 1; a value under a 0 never counts, not even if it is NaN."""
-    mask = mask.astype(jnp.float32)
-    return Mean(jnp.sum(jnp.where(mask > 0, values.astype(jnp.float32), 0.0) * mask), jnp.sum(mask))
+def masked_mean(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Mean:
+    """The Mean of `values` where `mask` is True; elsewhere a value never counts, not even if it is NaN."""
+    return Mean(jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0)), jnp.sum(mask.astype(jnp.float32)))

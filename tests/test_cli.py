@@ -118,6 +118,36 @@ def test_a_tokenizer_larger_than_the_embedding_is_exit_2(tiny_folder, data, tmp_
     assert error.count("\n") == 1
 
 
+BAD_MODELS = {
+    "architecture": "model_type 'mamba' is not supported",
+    "pickle": "pickled weights can run code",
+    "truncated": "not a valid safetensors file",
+    "no_tokenizer": "the tokenizer cannot be read",
+}
+
+
+@pytest.mark.parametrize("fault", BAD_MODELS)
+def test_a_wrong_model_folder_is_one_line_and_exit_2(tiny_folder, data, tmp_path, capsys, fault):
+    folder, out = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "out"
+    weights = folder / "model.safetensors"
+    if fault == "architecture":
+        fields = {**json.loads((folder / "config.json").read_text()), "model_type": "mamba"}
+        (folder / "config.json").write_text(json.dumps(fields))
+    elif fault == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    elif fault == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    else:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    command = ["sft", "--model_name_or_path", str(folder), "--dataset_name", str(data), "--output_dir", str(out)]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert BAD_MODELS[fault] in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
 def test_missing_essentials_and_unknown_commands(tiny_folder, capsys):
     assert main(["sft"]) == 2
     assert main(["sft", "--model_name_or_path", str(tiny_folder)]) == 2

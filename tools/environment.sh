@@ -1,12 +1,12 @@
 # environment FOLDER EXTRAS: make a virtual environment with this checkout and those extras, or reuse it.
-# PYTHON names the interpreter; by default the first of python3.11, python3.12, python3 that is new enough.
+# PYTHON names the interpreter; by default the first of python3.11, python3.12, python3 that runs and is new enough.
 
 environment() {
   local folder=$1 extras=$2 stamp python
   stamp="$folder/.installed-$(cat pyproject.toml <(echo "$extras") | cksum | cut -d' ' -f1)"
   [ -e "$stamp" ] && return
   if [ ! -x "$folder/bin/python" ]; then
-    python=$(find_python)
+    python=$(find_python) || return 2
     echo "making $folder with $("$python" --version)"
     "$python" -m venv "$folder"
   fi
@@ -24,5 +24,5 @@ find_python() {
     fi
   done
   echo "jaxpost needs Python 3.11 or newer; set PYTHON to its path" >&2
-  exit 2
+  return 2
 }

@@ -7,7 +7,7 @@ ever opened: a pickle can run code.
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +23,7 @@ DTYPES = {
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """Named tensors in HF's names and layout, with the config and the tokenizer that belong to them."""
 

@@ -4,7 +4,7 @@
 > gradient; one pure step takes the gradient of the loss.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from jaxpost.metrics import Mean
 Batch = dict[str, Array]  # the leading axis of every column is the example
 
 
+@runtime_checkable
 class Model(Protocol):
     """What an objective sees of a model, through `logps` only."""
 
@@ -24,6 +25,7 @@ class Model(Protocol):
     def unembed(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]: ...
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A method: a frozen dataclass whose fields are its hyperparameters."""
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -81,6 +82,22 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, tiny_folder, data, tmp_pa
     assert [row["step"] for row in timeless] == [row["step"] for row in rows(run)]
     for row, expected in zip(timeless, rows(run), strict=True):
         assert row == {name: expected[name] for name in row}
+
+
+def test_one_compilation_for_the_whole_run(tiny_folder, data, tmp_path):
+    compiled = []
+
+    def listen(event, duration, **facts):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            compiled.append(facts.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    flags = "--max_steps 12 --save_strategy no --compilation_cache_dir"
+    try:
+        assert sft(tiny_folder, data, tmp_path / "out", *flags.split(), "") == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert sum(name == "jit(step)" or name == "step" for name in compiled) == 1, compiled
 
 
 def test_a_second_run_does_not_overwrite_the_first(run, tiny_folder, data, capsys):

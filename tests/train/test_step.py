@@ -5,12 +5,14 @@ import pytest
 from flax import nnx
 
 from jaxpost.models.config import Compute
+from jaxpost.models.families import read_config
 from jaxpost.models.hf import place
+from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.sft import SFT
 from jaxpost.sharding import make_mesh, put
 from jaxpost.train.state import create_state, decay_mask
 from jaxpost.train.step import make_step
-from tests.conftest import make_batch, make_model
+from tests.conftest import TINY_LLAMA, make_batch, make_model
 
 ONE_DEVICE = "one"
 
@@ -104,3 +106,19 @@ def test_decay_is_for_matrices_only():
     assert mask["layers"]["attention"]["query"] == {"kernel": True, "bias": False}
     assert mask["layers"]["attention_norm"]["scale"] is False
     assert mask["embed"]["embedding"] is True
+
+
+def test_logits_are_never_materialised():
+    """Temporaries of the compiled step, the head's gradient aside, stay under a tenth of [B, T, V] logits."""
+    rows, length, vocab = 4, 2048, 131_072
+    config = read_config({**TINY_LLAMA, "vocab_size": vocab, "tie_word_embeddings": False}, "wide")
+    mesh = make_mesh(devices=jax.devices()[:1])
+    optimizer = optax.adamw(1e-3)
+    model = Decoder(config, compute=Compute(remat="full"), rngs=nnx.Rngs(0))
+    with jax.set_mesh(mesh):
+        graphdef, state = create_state(place(model, model.compute, mesh), optimizer, nnx.Param, mesh)
+        step = make_step(SFT(), graphdef, state, optimizer, lambda _: 1e-3, max_grad_norm=1.0, num_micro_batches=1)
+        batch = put(make_batch(rows, length, vocab), mesh)
+        memory = step.lower(state, batch).compile().memory_analysis()
+    head_gradient = vocab * config.embed_dim * 4
+    assert memory.temp_size_in_bytes - head_gradient < rows * length * vocab * 4 / 10

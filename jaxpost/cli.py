@@ -3,11 +3,12 @@
 A `--config` file is flags in YAML: its entries go through the same parser, before those of the command line.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from jaxpost.errors import ConfigError, JaxpostError
 from jaxpost.options import nearest
@@ -70,6 +71,8 @@ def parse(config_class: Any, command: str, flags: list[str]) -> Any:
     for action in parser._actions:
         if action.type is string_to_bool:  # bare `--bf16` is `--bf16 true`, also where the default is None
             action.nargs, action.const = "?", True
+        if action.nargs == "+":  # a list may be empty
+            action.nargs = "*"
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
 
     def refuse(message: str) -> Any:
@@ -77,13 +80,35 @@ def parse(config_class: Any, command: str, flags: list[str]) -> Any:
 
     parser.error = refuse
     file, flags = _take_config(flags, command)
-    config, *_, unknown = parser.parse_args_into_dataclasses(
-        args=[*(_file_flags(Path(file), known) if file else []), *flags], return_remaining_strings=True
-    )
+    words = [*(_file_flags(Path(file), known) if file else []), *flags]
+    words, nulls = _take_nulls(words, config_class)
+    config, *_, unknown = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), unknown[0])
         raise ConfigError(f"{command}: unknown flag {name}{_nearest_flag(name, known)}; see jaxpost {command} --help")
-    return config
+    return dataclasses.replace(config, **dict.fromkeys(nulls)) if nulls else config
+
+
+def _take_nulls(words: list[str], config_class: Any) -> tuple[list[str], set[str]]:
+    """Split `--max_length null` (or none, or with `=`) from the other words, for fields that may be None."""
+    optional = {name for name, kind in get_type_hints(config_class).items() if type(None) in get_args(kind)}
+    rest: list[str] = []
+    nulls: set[str] = set()
+    position = 0
+    while position < len(words):
+        name, equals, value = words[position].partition("=")
+        taken = 1
+        if not equals and position + 1 < len(words):
+            value, taken = words[position + 1], 2
+        name = name.removeprefix("--").replace("-", "_")
+        if name in optional and words[position].startswith("--") and value.lower() in ("null", "none"):
+            nulls.add(name)
+            position += taken
+            continue
+        nulls.discard(name)  # the last one wins
+        rest.append(words[position])
+        position += 1
+    return rest, nulls
 
 
 def _nearest_flag(name: str, known: set[str]) -> str:
@@ -135,9 +160,7 @@ def _file_flags(path: Path, known: set[str]) -> list[str]:
         values = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
         if not all(isinstance(value, yaml.ScalarNode) for value in values):
             raise ConfigError(f"--config {path}, line {line}: {key!r} must be a value or a list of values")
-        if isinstance(value_node, yaml.ScalarNode) and value_node.tag == "tag:yaml.org,2002:null":
-            continue
         # `--key=value` keeps a leading minus sign from looking like a flag; argparse takes lists only apart.
-        words = [value.value for value in values]
+        words = ["null" if value.tag == "tag:yaml.org,2002:null" else value.value for value in values]
         flags += [f"--{key}={words[0]}"] if isinstance(value_node, yaml.ScalarNode) else [f"--{key}", *words]
     return flags

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from jaxpost.cli import main, parse
-from jaxpost.trainer import SFTConfig
+from jaxpost.trainer import SFTConfig, config_yaml
 
 
 @pytest.fixture
@@ -24,7 +24,20 @@ def test_flags_and_yaml_are_spelled_alike(tmp_path):
     file = config(tmp_path, "learning_rate: 1e-5\nreport_to: [none]\ngradient_checkpointing: no\nmax_length: null\n")
     args = parse(SFTConfig, "sft", ["--config", file, "--max_steps", "3"])
     assert (args.learning_rate, args.report_to, args.gradient_checkpointing) == (1e-5, ["none"], False)
-    assert (args.max_steps, args.max_length) == (3, SFTConfig().max_length)
+    assert (args.max_steps, args.max_length) == (3, None)
+
+
+def test_null_takes_a_limit_away_and_the_last_word_wins(tmp_path):
+    file = config(tmp_path, "max_length: ~\nsave_total_limit: 3\n")
+    assert parse(SFTConfig, "sft", ["--config", file, "--save_total_limit", "none"]).save_total_limit is None
+    assert parse(SFTConfig, "sft", ["--config", file]).max_length is None
+    assert parse(SFTConfig, "sft", ["--config", file, "--max_length", "64"]).max_length == 64
+    assert parse(SFTConfig, "sft", ["--report_to", "none"]).report_to == ["none"]
+
+
+def test_the_resolved_config_reads_back(tmp_path):
+    args = SFTConfig(learning_rate=3e-5, max_length=None, report_to=[], bf16=False, warmup_steps=0.1)
+    assert parse(SFTConfig, "sft", ["--config", config(tmp_path, config_yaml(args))]) == args
 
 
 def test_command_line_wins_over_yaml(tmp_path):

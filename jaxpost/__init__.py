@@ -4,14 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxpost.methods import SFTConfig
     from jaxpost.models.hf import from_pretrained, save_pretrained
-    from jaxpost.trainer import SFTConfig, SFTTrainer
+    from jaxpost.trainer import SFTTrainer
 
 # Public name -> module; imported on first use, so that `import jaxpost` costs nothing.
 _PUBLIC = {
     "from_pretrained": "jaxpost.models.hf",
     "save_pretrained": "jaxpost.models.hf",
-    "SFTConfig": "jaxpost.trainer",
+    "SFTConfig": "jaxpost.methods",
     "SFTTrainer": "jaxpost.trainer",
 }
 

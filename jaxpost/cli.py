@@ -45,7 +45,8 @@ def _run(command: str, flags: list[str]) -> int:
     # Quiet by default: these libraries warn about PyTorch and about tokenizers in forked workers.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from jaxpost.generate import GenerateConfig, run_generate
-    from jaxpost.trainer import METHODS, Trainer
+    from jaxpost.methods import METHODS
+    from jaxpost.trainer import Trainer
 
     if command == "generate":
         run_generate(parse(GenerateConfig, command, flags))

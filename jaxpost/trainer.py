@@ -1,84 +1,40 @@
-"""The wiring page: mesh, tokenizer, data, model, state, step -> fit. Each method is an entry of METHODS."""
+"""The wiring page: mesh, tokenizer, data, model, state, step -> fit."""
 
-import dataclasses
 import json
 import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxpost.data.chat import Example, SFTDataConfig, encode_rows, prepare_tokenizer
-from jaxpost.data.formats import DatasetConfig, load_rows
-from jaxpost.data.loader import Loader, LoaderConfig
+from jaxpost.data.chat import Example, prepare_tokenizer
+from jaxpost.data.formats import load_rows
+from jaxpost.data.loader import Loader
 from jaxpost.errors import ConfigError
+from jaxpost.methods import METHODS, Method, SFTConfig, changed_fields, config_yaml
 from jaxpost.models.checkpoint import open_checkpoint
 from jaxpost.models.families import read_config
-from jaxpost.models.hf import ModelArguments, load, place, save_pretrained
+from jaxpost.models.hf import load, place, save_pretrained
 from jaxpost.models.transformer import Decoder
-from jaxpost.objectives.base import Batch, Objective
-from jaxpost.objectives.sft import SFT
-from jaxpost.options import check_parts, option, part_of
-from jaxpost.sharding import MeshConfig, batch_groups, make_mesh, put
-from jaxpost.train.checkpoint import CheckpointConfig, Checkpoints
-from jaxpost.train.evaluate import EvalConfig, evaluate, make_eval_step
-from jaxpost.train.logging import LoggingConfig, RunLog
-from jaxpost.train.loop import LoopConfig, Schedule, fit
-from jaxpost.train.optim import OptimConfig, make_optimizer, make_schedule
+from jaxpost.objectives.base import Batch
+from jaxpost.sharding import batch_groups, make_mesh, put
+from jaxpost.train.checkpoint import Checkpoints
+from jaxpost.train.evaluate import evaluate, make_eval_step
+from jaxpost.train.logging import RunLog
+from jaxpost.train.loop import Schedule, fit
+from jaxpost.train.optim import make_optimizer, make_schedule
 from jaxpost.train.report import write_curves, write_model_card
 from jaxpost.train.state import TrainState, create_state, decay_mask, merge
 from jaxpost.train.step import Programs, make_annotate, make_step
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(
-    ModelArguments,
-    DatasetConfig,
-    LoaderConfig,
-    OptimConfig,
-    LoopConfig,
-    EvalConfig,
-    CheckpointConfig,
-    LoggingConfig,
-    MeshConfig,
-):
-    """The fields that every method shares; each is declared beside the code that reads it."""
-
-    compilation_cache_dir: str = option("~/.cache/jaxpost/xla", "Folder for compiled programs; empty for none.")
-
-    def __post_init__(self) -> None:
-        check_parts(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainConfig, SFTDataConfig, SFT):
-    """Supervised fine-tuning; names and defaults are TRL's."""
-
-    learning_rate: float = option(2e-5, "Peak learning rate.")
-
-
-class Method(NamedTuple):
-    """What the wiring needs to know of a method."""
-
-    name: str
-    config: type[Any]
-    objective: Callable[[Any], Objective]
-    encode: Callable[..., tuple[list[Example], Any]]
-
-
-METHODS: dict[str, Method] = {
-    "sft": Method("sft", SFTConfig, lambda config: part_of(config, SFT), encode_rows),
-}
 
 
 def SFTTrainer(
@@ -160,9 +116,8 @@ class Trainer:
         optimizer = make_optimizer(args, schedule, decay_mask)
         with jax.set_mesh(self.mesh):
             graphdef, state = create_state(self.model, optimizer, nnx.Param, self.mesh)
-            checkpoints = Checkpoints(self.output_dir / "checkpoints", args) if args.save_strategy != "no" else None
-            restored = checkpoints.restore(state) if checkpoints else None
-            state, facts = restored or (state, {"num_tokens": 0})
+            checkpoints = Checkpoints(self.output_dir / "checkpoints", args)
+            state, facts = checkpoints.restore(state) or (state, {"num_tokens": 0})
             annotate = make_annotate(self.objective, graphdef)
             step = Programs(
                 make_step(
@@ -184,13 +139,12 @@ class Trainer:
                     annotate=annotate,
                     step=step,
                     evaluate=self._evaluation(graphdef, held_out) if held_out else None,
-                    save=checkpoints.save if checkpoints else lambda *_: None,
+                    save=checkpoints.save,
                     schedule=self._schedule(total),
                     log=log,
                     num_tokens=facts["num_tokens"],
                 )
-            if checkpoints:
-                checkpoints.close()
+            checkpoints.close()
         nnx.update(self.model, nnx.state(merge(graphdef, state.params, state.frozen)))
         self.save_model(self.output_dir)
         return self._report()
@@ -321,20 +275,3 @@ class Trainer:
 def offline(batches: Iterator[dict[str, np.ndarray]], mesh: jax.sharding.Mesh) -> Callable[[TrainState], Batch]:
     """A source that reads rows from disk and ignores the state."""
     return lambda state: put(next(batches), mesh)
-
-
-def changed_fields(config: Any) -> dict[str, Any]:
-    """The fields that differ from their defaults."""
-    default = type(config)()
-    return {
-        field.name: value
-        for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) != getattr(default, field.name)
-    }
-
-
-def config_yaml(config: Any) -> str:
-    """The resolved config as YAML that `--config` reads back."""
-    import yaml
-
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=True, allow_unicode=True)

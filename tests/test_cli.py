@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from jaxpost.cli import main, parse
-from jaxpost.trainer import SFTConfig, config_yaml
+from jaxpost.methods import SFTConfig, config_yaml
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ FLOOR = {
     **dict.fromkeys(["models", "data"], 2),
     **dict.fromkeys(["objectives", "rl"], 3),
     "train": 4,
-    **dict.fromkeys(["trainer", "plan", "generate"], 5),
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 7,
+    "methods": 5,
+    **dict.fromkeys(["trainer", "plan", "generate"], 6),
+    "cli": 7,
+    **dict.fromkeys(["__main__", "__init__"], 8),
 }
 PACKAGE = Path(__file__).parent.parent / "jaxpost"
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,12 @@ class Checkpoints:
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder = folder
         self.config = config
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.save_total_limit, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    @cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Made when it is first needed: it creates the folder."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=self.config.save_total_limit, create=True)
+        return ocp.CheckpointManager(self.folder.absolute(), options=options)
 
     def save(self, state: TrainState, step: int, facts: dict[str, Any]) -> None:
         """Start saving; training goes on while the files are written.
@@ -64,7 +69,7 @@ class Checkpoints:
             ConfigError: the folder holds a run and nobody asked to continue it, or there is no such step.
             CheckpointError: the checkpoint does not fit this model and optimizer.
         """
-        steps = sorted(self._manager.all_steps())
+        steps = sorted(self._manager.all_steps()) if self.folder.is_dir() else []
         asked = self.config.resume_from_checkpoint
         if asked in (None, "", "false", "False"):
             if steps:
@@ -95,13 +100,11 @@ class Checkpoints:
             raise ConfigError(f"--resume_from_checkpoint {asked}: it takes true, latest or one of the steps {steps}")
         return int(asked)
 
-    def wait(self) -> None:
-        """Block until the last save is on disk; raises what went wrong with it."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Block until the last save is on disk; raises what went wrong with it."""
+        if "_manager" in vars(self):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def _saved(state: TrainState) -> dict[str, Any]:

@@ -85,14 +85,13 @@ class Meter:
     tokens: int = 0
     since: float = field(default_factory=time.perf_counter)
 
-    def read(self, step: int, report: StepReport, times: dict[str, float], first: bool) -> None:
+    def read(self, step: int, report: StepReport, times: dict[str, float]) -> None:
         """Take in the report of `step`; blocks until the device has finished it.
 
         Args:
             step: its number, from 1.
             report: what the step returned.
             times: seconds of host time that it took, by purpose.
-            first: whether it is the first of this process, and so held the compilation.
 
         Raises:
             NonFiniteError: MAX_NONFINITE steps in a row were not finite.
@@ -115,10 +114,9 @@ class Meter:
         self.tokens += int(report.num_tokens)
         rate = self.tokens / (time.perf_counter() - self.since)
         loss = report.means["loss"]
-        self.log.progress(step, float(loss.total) / max(float(loss.count), 1.0), None if first else rate)
+        self.log.progress(step, float(loss.total) / max(float(loss.count), 1.0), rate)
         if self.schedule.logs(step):
             self._write(step, {name: float(value) for name, value in report.latest.items()}, rate)
-        if first or self.schedule.logs(step):
             self.restart()
 
     def _write(self, step: int, latest: dict[str, float], rate: float) -> None:
@@ -134,7 +132,7 @@ class Meter:
         self.log.log(step, row)
 
     def restart(self) -> None:
-        """Begin a new window: at a log line, after compilation and after a pause."""
+        """Begin a new window."""
         self.sums.clear()
         self.times.clear()
         self.steps = self.tokens = 0
@@ -186,11 +184,11 @@ def fit(
         state, report = step(state, annotate(state, batch))
         sent = time.perf_counter()
         if pending is not None:
-            meter.read(done - 1, *pending, first=done - 2 == start)
+            meter.read(done - 1, *pending)
         pending = report, {"input": fed - began, "host": sent - fed}
         if not (schedule.evaluates(done) or schedule.saves(done) or done == schedule.total_steps):
             continue
-        meter.read(done, *pending, first=done - 1 == start)
+        meter.read(done, *pending)
         pending = None
         paused = time.perf_counter()
         if evaluate is not None and schedule.evaluates(done):

@@ -14,6 +14,19 @@ def data(tmp_path):
     return path
 
 
+def refused(capsys, command, code):
+    """Run a command that must fail; its message, which is one line."""
+    assert main(command) == code
+    error = capsys.readouterr().err
+    assert error.startswith("jaxpost: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def sft(model, data, output_dir):
+    return ["sft", "--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output_dir)]
+
+
 def config(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(text)
@@ -68,13 +81,8 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_a_wrong_flag_is_one_line_and_exit_2_or_3(tiny_folder, data, tmp_path, capsys, flags):
     out = tmp_path / "out"
-    command = ["sft", "--model_name_or_path", str(tiny_folder), "--dataset_name", str(data), "--output_dir", str(out)]
-    code = main([*command, *flags.split()])
-    error = capsys.readouterr().err
-    assert code == (3 if "split" in BAD_FLAGS[flags] else 2)
-    assert BAD_FLAGS[flags] in error
-    assert error.startswith("jaxpost: ")
-    assert error.count("\n") == 1
+    code = 3 if "split" in BAD_FLAGS[flags] else 2
+    assert BAD_FLAGS[flags] in refused(capsys, [*sft(tiny_folder, data, out), *flags.split()], code)
     assert not (out / "model.safetensors").exists()
 
 
@@ -90,10 +98,7 @@ BAD_YAML = {
 
 @pytest.mark.parametrize("text", BAD_YAML)
 def test_a_wrong_yaml_file_is_one_line_and_exit_2(tmp_path, capsys, text):
-    assert main(["sft", "--config", config(tmp_path, text)]) == 2
-    error = capsys.readouterr().err
-    assert BAD_YAML[text] in error
-    assert error.count("\n") == 1
+    assert BAD_YAML[text] in refused(capsys, ["sft", "--config", config(tmp_path, text)], 2)
 
 
 BAD_DATA = {
@@ -109,11 +114,7 @@ BAD_DATA = {
 def test_wrong_data_is_one_line_and_exit_3(tiny_folder, tmp_path, capsys, text):
     data, out = tmp_path / "rows.jsonl", tmp_path / "out"
     data.write_text(text)
-    command = ["sft", "--model_name_or_path", str(tiny_folder), "--dataset_name", str(data), "--output_dir", str(out)]
-    assert main(command) == 3
-    error = capsys.readouterr().err
-    assert BAD_DATA[text] in error
-    assert error.count("\n") == 1
+    assert BAD_DATA[text] in refused(capsys, sft(tiny_folder, data, out), 3)
     assert not out.exists()
 
 
@@ -125,10 +126,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_exit_2(tiny_folder, data, tmp_
     for token in tokenizer["added_tokens"]:
         token["id"] = shift[token["content"]]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert main(["sft", "--model_name_or_path", str(folder), "--dataset_name", str(data)]) == 2
-    error = capsys.readouterr().err
-    assert "320 embedding rows" in error
-    assert error.count("\n") == 1
+    assert "320 embedding rows" in refused(capsys, sft(folder, data, tmp_path / "out"), 2)
 
 
 BAD_MODELS = {
@@ -153,11 +151,7 @@ def test_a_wrong_model_folder_is_one_line_and_exit_2(tiny_folder, data, tmp_path
     else:
         for file in folder.glob("tokenizer*"):
             file.unlink()
-    command = ["sft", "--model_name_or_path", str(folder), "--dataset_name", str(data), "--output_dir", str(out)]
-    assert main(command) == 2
-    error = capsys.readouterr().err
-    assert BAD_MODELS[fault] in error
-    assert error.count("\n") == 1
+    assert BAD_MODELS[fault] in refused(capsys, sft(folder, data, out), 2)
     assert not out.exists()
 
 

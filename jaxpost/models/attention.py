@@ -87,6 +87,7 @@ def _tiled(
 
 
 def _tiled_forward(query: Array, key: Array, value: Array, places: Places) -> tuple[Array, tuple]:
+    """Running maximum, mass and weighted sum over the tiles of keys; row statistics are [B, K, G, T, 1]."""
     size = min(BLOCK, query.shape[3])
     starts = _first_tiles(places, size)
 
@@ -96,20 +97,19 @@ def _tiled_forward(query: Array, key: Array, value: Array, places: Places) -> tu
         def column(other: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             peak, mass, out = sums
             scores = _scores(tile_query, key, places, index, other, size)
-            new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
-            weights, shrink = jnp.exp(scores - new_peak[..., None]), jnp.exp(peak - new_peak)
+            new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
+            weights, shrink = jnp.exp(scores - new_peak), jnp.exp(peak - new_peak)
             part = _matmul("bkgts,bksd->bkgtd", weights.astype(value.dtype), _window(value, other, size))
-            return new_peak, mass * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + part
+            return new_peak, mass * shrink + jnp.sum(weights, axis=-1, keepdims=True), out * shrink + part
 
-        shape = tile_query.shape[:-1]
-        empty = (jnp.full(shape, NEGATIVE), jnp.zeros(shape), jnp.zeros(tile_query.shape))
+        statistic = (*tile_query.shape[:-1], 1)
+        empty = (jnp.full(statistic, NEGATIVE), jnp.zeros(statistic), jnp.zeros(tile_query.shape))
         peak, mass, out = lax.fori_loop(starts[index], index + 1, column, empty)
-        new = (out / mass[..., None]).astype(query.dtype), peak + jnp.log(mass)
-        return _put_window(results[0], new[0], index, size), _put_window(
-            results[1][..., None], new[1][..., None], index, size
-        )[..., 0]
+        new = (out / mass).astype(query.dtype), peak + jnp.log(mass)
+        whole, normalizer = (_put_window(old, part, index, size) for old, part in zip(results, new, strict=True))
+        return whole, normalizer
 
-    start = (jnp.zeros_like(query), jnp.zeros(query.shape[:-1], jnp.float32))
+    start = (jnp.zeros_like(query), jnp.zeros((*query.shape[:-1], 1), jnp.float32))
     out, normalizer = lax.fori_loop(0, query.shape[3] // size, row, start)
     out, normalizer = checkpoint_name(out, RESIDUALS), checkpoint_name(normalizer, RESIDUALS)
     return out, (query, key, value, places, out, normalizer)
@@ -119,12 +119,13 @@ def _tiled_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array,
     query, key, value, places, out, normalizer = saved
     size = min(BLOCK, query.shape[3])
     starts = _first_tiles(places, size)
-    delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
     def row(index: Array, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         of_query, of_key, of_value = gradients
-        tile_query, tile_gradient = _window(query, index, size), _window(gradient, index, size)
-        tile_normalizer, tile_delta = (_window(x[..., None], index, size) for x in (normalizer, delta))
+        tile_query, tile_gradient, tile_normalizer, tile_delta = (
+            _window(x, index, size) for x in (query, gradient, normalizer, delta)
+        )
 
         def column(other: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             of_tile, of_key, of_value = sums

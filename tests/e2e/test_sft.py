@@ -107,12 +107,30 @@ def test_a_second_run_does_not_overwrite_the_first(run, tiny_folder, data, capsy
     assert all(np.array_equal(value, weights(run)[name]) for name, value in before.items())
 
 
-def test_mesh_and_accumulation_change_no_loss(run, tiny_folder, data, tmp_path):
-    flags = "--max_steps 3 --save_strategy no --mesh fsdp=2,tensor=4 --gradient_accumulation_steps 4"
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mesh fsdp=2,tensor=4 --gradient_accumulation_steps 4",
+        "--mesh fsdp=4,tensor=2 --gradient_accumulation_steps 2 --padding_free false",
+        "--mesh data=2,tensor=4 --per_device_train_batch_size 4 --length_buckets 3",
+    ],
+)
+def test_layout_changes_no_loss(run, tiny_folder, data, tmp_path, flags):
+    schedule = "--lr_scheduler_type constant --max_steps 3 --save_strategy no"
+    assert sft(tiny_folder, data, tmp_path / "out", *schedule.split(), *flags.split()) == 0
+    assert sft(tiny_folder, data, tmp_path / "plain", *schedule.split()) == 0
+    for row, expected in zip(rows(tmp_path / "out"), rows(tmp_path / "plain"), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert row["num_tokens"] == expected["num_tokens"]
+
+
+def test_evaluation_by_epoch(tiny_folder, data, tmp_path):
+    flags = "--num_train_epochs 2 --eval_strategy epoch --save_strategy epoch --save_total_limit 1"
     assert sft(tiny_folder, data, tmp_path / "out", *flags.split()) == 0
-    expected = [row["loss"] for row in rows(run) if "loss" in row][:3]
-    # The learning rate of step k depends on max_steps; the first loss does not.
-    assert rows(tmp_path / "out")[0]["loss"] == pytest.approx(expected[0], abs=1e-5)
+    epochs = [row["epoch"] for row in rows(tmp_path / "out") if "eval_loss" in row]
+    assert epochs == [1.0, 2.0]
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["14"]
 
 
 def test_generate_writes_one_object_a_row_in_order(run, data, tmp_path):

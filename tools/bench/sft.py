@@ -15,8 +15,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 WARM = 2  # steps that are not counted: compilation, allocator
+
+
+def shared(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """What both trainers are told, in the names that they share."""
+    return {
+        "output_dir": folder,
+        "max_steps": args.steps,
+        "logging_steps": 1,
+        "per_device_train_batch_size": args.batch_size,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+    }
 
 
 def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
@@ -26,15 +39,10 @@ def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
     rows = load_rows(args.dataset, "train").select(range(args.steps * args.batch_size))
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            output_dir=folder,
-            max_steps=args.steps,
-            logging_steps=1,
-            per_device_train_batch_size=args.batch_size,
-            train_sampling_strategy="sequential",
+            **shared(args, folder),
             length_buckets=args.length_buckets,
             gradient_checkpointing=args.gradient_checkpointing,
             report_to=["none"],
-            save_strategy="no",
         )
         SFTTrainer(args.model, config, rows).train()
         log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -59,15 +67,10 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
     rows = load_dataset("json", data_files=args.dataset, split="train").select(range(args.steps * args.batch_size))
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            output_dir=folder,
-            max_steps=args.steps,
-            logging_steps=1,
-            per_device_train_batch_size=args.batch_size,
-            train_sampling_strategy="sequential",
+            **shared(args, folder),
             bf16=args.trl_bf16,
             use_cpu=True,
             report_to=[],
-            save_strategy="no",
             disable_tqdm=True,
         )
         SFTTrainer(args.model, config, train_dataset=rows, callbacks=[Timer()]).train()

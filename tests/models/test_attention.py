@@ -1,0 +1,79 @@
+"""The tiled kernel against scores written out, over rows longer than a tile."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpost.errors import ConfigError
+from jaxpost.models.attention import BLOCK, Places, attend_cache, attention
+
+LENGTHS = [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 44]
+
+
+def inputs(length, documents, rows=2, heads=6, kv_heads=3, dim=8):
+    """Random queries, keys and values; rows of `documents` documents of random lengths and some padding."""
+    rng = np.random.default_rng(length)
+    shapes = [(rows, length, heads, dim), (rows, length, kv_heads, dim), (rows, length, kv_heads, dim)]
+    arrays = [jnp.asarray(rng.normal(size=shape).astype(np.float32)) for shape in shapes]
+    positions, segments = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        cuts = np.sort(rng.choice(np.arange(1, length + 1), min(documents, length), replace=False))
+        for number, (begin, end) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True), start=1):
+            positions[row, begin:end], segments[row, begin:end] = np.arange(end - begin), number
+    return arrays, Places(jnp.asarray(positions), jnp.asarray(segments))
+
+
+def written_out(query, key, value, places, scale):
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    order = jnp.arange(query.shape[1])
+    visible = (places.segments[:, :, None] == places.segments[:, None]) & (order[:, None] >= order)
+    scores = jnp.where(visible[:, None], jnp.einsum("bthd,bshd->bhts", query, key) * scale, -jnp.inf)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), value)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("documents", [1, 5])
+def test_equals_scores_written_out(length, documents):
+    arrays, places = inputs(length, documents)
+    real = (places.segments > 0)[..., None, None]
+    weight = jnp.cos(jnp.arange(arrays[0].size)).reshape(arrays[0].shape)
+
+    def run(kernel, arrays):
+        out = jnp.where(real, kernel(*arrays), 0.0)
+        return jnp.sum(out * weight), out
+
+    ours = lambda *arrays: attention(*arrays, places, scale=0.3)  # noqa: E731
+    theirs = lambda *arrays: written_out(*arrays, places, 0.3)  # noqa: E731
+    gradients = jax.jit(jax.grad(run, argnums=1, has_aux=True), static_argnums=0)
+    (mine, out), (expected, expected_out) = gradients(ours, arrays), gradients(theirs, arrays)
+    np.testing.assert_allclose(out, expected_out, atol=2e-6)
+    for a, b in zip(mine, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_documents_have_exactly_no_influence_on_each_other():
+    arrays, places = inputs(2 * BLOCK, 4, rows=1)
+    chosen = (places.segments == 2)[..., None, None]
+    gradient = jax.grad(lambda arrays: jnp.sum(jnp.where(chosen, attention(*arrays, places, scale=0.3), 0.0)))(arrays)
+    for array in gradient:
+        assert not np.any(np.where(chosen, 0.0, array))
+        assert np.any(array)
+
+
+def test_one_token_against_a_cache():
+    (query, key, value), _ = inputs(9, 1)
+    whole = Places(jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32))
+    full = attention(query, key, value, whole, scale=0.3)
+    room = [(0, 0), (0, 5), (0, 0), (0, 0)]
+    lengths = jnp.asarray([9, 4])
+    last = query[jnp.arange(2), lengths - 1]
+    one = attend_cache(last, jnp.pad(key, room), jnp.pad(value, room), lengths, scale=0.3)
+    np.testing.assert_allclose(one, full[jnp.arange(2), lengths - 1], atol=1e-6)
+
+
+def test_unknown_kernel_is_named():
+    arrays, places = inputs(4, 1)
+    with pytest.raises(ConfigError, match="attn_implementation is 'xl' \\(did you mean 'xla'\\?\\)"):
+        attention(*arrays, places, scale=1.0, kernel="xl")

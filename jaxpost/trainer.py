@@ -36,6 +36,8 @@ from jaxpost.train.report import write_curves, write_model_card
 from jaxpost.train.state import TrainState, create_state, decay_mask, merge
 from jaxpost.train.step import Programs, make_annotate, make_step
 
+MORE_LENGTHS = 8  # what a run with much padding is advised to compile
+
 
 def SFTTrainer(
     model: str | os.PathLike[str] | Decoder | None = None,
@@ -194,7 +196,7 @@ class Trainer:
             seed=args.seed if args.data_seed is None else args.data_seed,
             sampling=args.train_sampling_strategy,
         )
-        self.notes.append(f"rows of {', '.join(map(str, loader.lengths))} tokens, {loader.padding:.0%} of them padding")
+        self.notes.append(padding_note(loader, args.length_buckets))
         if held_out is None:
             return loader, None
         return loader, self._eval_loader(self._examples(held_out, f"{name or 'eval_dataset'} (evaluation)", vocab_size))
@@ -270,6 +272,13 @@ class Trainer:
             command=shlex.join(["jaxpost", *sys.argv[1:]]),
         )
         return metrics
+
+
+def padding_note(loader: Loader, num_lengths: int) -> str:
+    """The row lengths and their padding, and what would lessen it where that is worth a few compilations."""
+    share, better = loader.padding(num_lengths), loader.padding(MORE_LENGTHS)
+    note = f"rows of {', '.join(map(str, loader.lengths))} tokens, {share:.0%} of them padding"
+    return note if share - better < 0.1 else f"{note} ({better:.0%} with --length_buckets {MORE_LENGTHS})"
 
 
 def offline(batches: Iterator[dict[str, np.ndarray]], mesh: jax.sharding.Mesh) -> Callable[[TrainState], Batch]:

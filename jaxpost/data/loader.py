@@ -68,7 +68,6 @@ class Loader:
     Attributes:
         steps_per_epoch: batches in an epoch.
         lengths: row lengths in tokens, ascending.
-        padding: share of the planned batches' tokens that is padding.
 
     Raises:
         ConfigError: the rows cannot be divided among the processes, or there is no such sampling.
@@ -101,11 +100,15 @@ class Loader:
         self._process_index, self._process_count = process_index, process_count
         self._cached_order = functools.lru_cache(maxsize=2)(self.epoch_order)
         self.num_steps, self.steps_per_epoch = num_steps, math.ceil(len(examples) / global_batch_size)
-        planned = [self.layout(step)[1] for step in range(min(num_steps, max(1, MAX_PLANNED // global_batch_size)))]
-        self.lengths = bucket_lengths(planned, num_lengths, multiple)
-        padded = num_rows * sum(self._padded(longest) for longest in planned)
-        real = sum(int(self._sizes[self._indices(step)].sum()) for step in range(len(planned)))
-        self.padding = 1 - real / padded
+        num_planned = min(num_steps, max(1, MAX_PLANNED // global_batch_size))
+        self._longest = [self.layout(step)[1] for step in range(num_planned)]
+        self.lengths = bucket_lengths(self._longest, num_lengths, multiple)
+
+    def padding(self, num_lengths: int) -> float:
+        """Share of the planned batches' tokens that is padding, if that many row lengths are compiled."""
+        lengths = np.array(bucket_lengths(self._longest, num_lengths, self._multiple))
+        padded = self._num_rows * lengths[np.searchsorted(lengths, self._longest)].sum()
+        return 1 - sum(int(self._sizes[self._indices(step)].sum()) for step in range(len(self._longest))) / int(padded)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Indices of the examples, int64 [N], in the order of this epoch."""

@@ -78,7 +78,8 @@ class Meter:
     schedule: Schedule
     log: Log
     num_tokens: int = 0
-    nonfinite: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     sums: dict[str, list[float]] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -98,13 +99,14 @@ class Meter:
         """
         report = jax.device_get(report)
         self.num_tokens += int(report.num_tokens)
-        self.nonfinite = 0 if report.finite else self.nonfinite + 1
-        if self.nonfinite == MAX_NONFINITE:
+        self.skipped += not report.finite
+        self.skipped_in_a_row = 0 if report.finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MAX_NONFINITE:
             raise NonFiniteError(
                 f"loss or gradient was not finite in {MAX_NONFINITE} steps in a row, the last at step {step}; "
                 "lower --learning_rate or look at the data"
             )
-        for name, mean in report.means.items():
+        for name, mean in report.means.items() if report.finite else ():
             entry = self.sums.setdefault(name, [0.0, 0.0])
             entry[0] += float(mean.total)
             entry[1] += float(mean.count)
@@ -121,14 +123,15 @@ class Meter:
 
     def _write(self, step: int, latest: dict[str, float], rate: float) -> None:
         means = {name: total / count if count else 0.0 for name, (total, count) in self.sums.items()}
-        row = {"epoch": step / self.schedule.steps_per_epoch, "loss": means.pop("loss"), **latest, **means}
+        loss = means.pop("loss", math.nan)  # no step of the window was finite
+        row = {"epoch": step / self.schedule.steps_per_epoch, "loss": loss, **latest, **means}
         row["num_tokens"] = self.num_tokens
         row["tokens_per_second"] = rate
         row["step_time"] = (time.perf_counter() - self.since) / self.steps
         for name, seconds in self.times.items():
             row[f"{name}_time"] = seconds / self.steps
-        if self.nonfinite:
-            row["nonfinite_steps"] = self.nonfinite
+        if self.skipped:
+            row["skipped_steps"] = self.skipped
         self.log.log(step, row)
 
     def restart(self) -> None:

@@ -159,6 +159,7 @@ def test_a_batch_takes_the_shortest_length_that_holds_its_longest_row():
     # a process whose own rows are short pads to the length of the others' rows
     last = make_loader(examples, **options, multiple=1, process_index=1, process_count=2)
     assert [last.batch(step)["tokens"].shape for step in range(4)] == [(1, 16), (1, 2), (1, 17), (1, 40)]
+    assert [loader.padding(n) for n in (1, 4)] == pytest.approx([1 - 84 / 320, 1 - 84 / 150])
     # a batch that was not planned for gets a length of its own
     assert make_loader(examples, **{**options, "num_steps": 1}).batch(3)["tokens"].shape == (2, 40)
 
@@ -169,10 +170,10 @@ def test_fewer_rows_hold_several_examples_each_and_balance():
     loader = make_loader(examples, num_rows=4, sampling="sequential", num_lengths=1, multiple=1, num_steps=1)
     assert loader.lengths == [11]
     assert loader.layout(0) == ([[0, 1], [2, 3], [4, 5], [6, 7]], 11)
-    assert loader.padding == 0
+    assert loader.padding(1) == 0
     alone = make_loader(examples, sampling="sequential", num_lengths=1, multiple=1, num_steps=1)
     assert alone.layout(0) == ([[i] for i in range(8)], 10)
-    assert alone.padding == pytest.approx(1 - 44 / 80)
+    assert alone.padding(1) == pytest.approx(1 - 44 / 80)
 
 
 def test_collate():

@@ -91,6 +91,12 @@ def test_five_steps_in_a_row_that_are_not_finite_halt():
     assert error.value.exit_code == 77
 
 
+def test_a_skipped_step_is_counted_and_spoils_no_mean():
+    log = run([1.0, float("nan"), 3.0, 5.0], finite=[True, False, True, True], log_every=2)
+    assert [row["loss"] for _, row in log.rows] == [1.0, 4.0]
+    assert [row["skipped_steps"] for _, row in log.rows] == [1, 1]
+
+
 def test_length_of_a_run():
     assert LoopConfig(num_train_epochs=1.5).total_steps(5) == 8
     assert LoopConfig(max_steps=3).total_steps(5) == 3

@@ -55,6 +55,7 @@ class Checkpoints:
         """
         if self._manager.latest_step() == step:
             return
+        facts = {**facts, "arrays": _arrays(state)}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(_saved(state)), facts=ocp.args.JsonSave(facts))
         )
@@ -80,16 +81,29 @@ class Checkpoints:
             return None
         step = self._step(str(asked), steps)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore())
+        facts = self._read(step, "facts", ocp.args.JsonRestore())
+        self._check(step, facts.pop("arrays"), _arrays(state))
+        return dataclasses.replace(state, **self._read(step, "state", ocp.args.StandardRestore(abstract))), facts
+
+    def _read(self, step: int, item: str, how: Any) -> Any:
         try:
-            restored = self._manager.restore(step, args=args)
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{self.folder / str(step)} cannot be restored: {reason}") from error
-        for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"]):
-            if not isinstance(leaf, jax.Array):
-                raise CheckpointError(f"{self.folder / str(step)} lacks {path_of(path)}")
-        return dataclasses.replace(state, **restored["state"]), restored["facts"]
+
+    def _check(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
+        """Compare before reading: Orbax casts dtypes silently, and leaves reads behind when a shape is wrong."""
+        differing = [
+            f"{path} is {saved.get(path, 'missing')}, expected {wanted.get(path, 'nothing')}"
+            for path in sorted(saved.keys() | wanted.keys())
+            if saved.get(path) != wanted.get(path)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise CheckpointError(
+                f"{self.folder / str(step)} is of another model or optimizer: {'; '.join(differing[:3])}{more}"
+            )
 
     def _step(self, asked: str, steps: list[int]) -> int:
         if not steps:
@@ -109,3 +123,9 @@ class Checkpoints:
 
 def _saved(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _arrays(state: TrainState) -> dict[str, str]:
+    """Path -> dtype and shape of everything that is saved."""
+    leaves = jax.tree_util.tree_leaves_with_path(_saved(state))
+    return {path_of(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}

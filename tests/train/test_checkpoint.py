@@ -75,6 +75,16 @@ def test_nothing_to_resume_is_an_error(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     saved(tmp_path / "checkpoints", 3)
-    with pytest.raises(CheckpointError, match="cannot be restored") as error:
+    with pytest.raises(CheckpointError, match=r"embedding is float32\[320, 32\], expected float32\[320, 48\]") as error:
         restore(tmp_path / "checkpoints", make_state(hidden_size=48), resume_from_checkpoint="true")
     assert error.value.exit_code == 78
+    with pytest.raises(CheckpointError, match=r"expected bfloat16\[320, 32\]"):
+        half = jax.tree.map(lambda x: x.astype("bfloat16") if x.ndim else x, make_state())
+        restore(tmp_path / "checkpoints", half, resume_from_checkpoint="true")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    saved(tmp_path / "checkpoints", 3)
+    (tmp_path / "checkpoints" / "3" / "facts" / "metadata").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be restored"):
+        restore(tmp_path / "checkpoints", make_state(), resume_from_checkpoint="true")

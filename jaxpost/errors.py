@@ -29,3 +29,8 @@ class CheckpointError(JaxpostError):
     """A checkpoint cannot be written or read."""
 
     exit_code = 78
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message (its type's name if it has none), to be quoted in ours."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -112,7 +112,7 @@ class Trainer:
             The last logged metrics of training and evaluation.
         """
         args, loader = self.args, self.train_loader
-        held_out = self.eval_loader if args.eval_strategy != "no" or args.eval_on_start else None
+        held_out = self.eval_loader if args.evaluates else None
         total = loader.num_steps
         schedule = make_schedule(args, total)
         optimizer = make_optimizer(args, schedule, decay_mask)
@@ -176,14 +176,14 @@ class Trainer:
 
     def _loaders(self, train: Any, held_out: Any, vocab_size: int) -> tuple[Loader, Loader | None]:
         args, groups = self.args, batch_groups(self.mesh)
-        name, evaluates = args.dataset_name, args.eval_strategy != "no" or args.eval_on_start
+        name = args.dataset_name
         if train is None:
             if name is None:
                 raise ConfigError("no data: give --dataset_name (a file, a folder or a hub id)")
             train = load_rows(name, args.dataset_train_split, args.dataset_config)
-            if held_out is None and evaluates:
+            if held_out is None and args.evaluates:
                 held_out = load_rows(name, args.dataset_test_split, args.dataset_config)
-        if held_out is None and evaluates:
+        if held_out is None and args.evaluates:
             raise ConfigError("evaluation was asked for, but there is no eval_dataset")
         examples = self._examples(train, f"{name or 'train_dataset'} ({args.dataset_train_split})", vocab_size)
         micro_batches = args.gradient_accumulation_steps

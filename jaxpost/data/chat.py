@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxpost.data.formats import Block, blocks, detect_type, is_conversational, language_modeling_column, one_line
-from jaxpost.errors import ConfigError, DataError
+from jaxpost.data.formats import Block, blocks, detect_type, is_conversational, language_modeling_column
+from jaxpost.errors import ConfigError, DataError, one_line
 from jaxpost.options import one_of, option
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxpost.errors import DataError
+from jaxpost.errors import DataError, one_line
 from jaxpost.options import nearest, option
 
 if TYPE_CHECKING:
@@ -286,8 +286,3 @@ def _load_from_hub(name: str, split: str, config_name: str | None) -> "Dataset":
     if len(rows) == 0:
         raise DataError(f"{name}: split {split!r} has no rows")
     return rows
-
-
-def one_line(error: BaseException) -> str:
-    """A library's message, to be quoted in ours."""
-    return " ".join(str(error).split())[:300]

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from jaxpost.errors import ConfigError
+from jaxpost.errors import ConfigError, one_line
 
 DTYPES = {
     "F64": np.float64,
@@ -70,16 +70,11 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=FILES))
     except HFValidationError as error:
-        raise ConfigError(f"model {repo_id!r} does not exist here and is not a hub id: {first_line(error)}") from error
+        raise ConfigError(f"model {repo_id!r} does not exist here and is not a hub id: {one_line(error)}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"model {repo_id!r} is not a local folder and could not be fetched from the hub: {first_line(error)}"
+            f"model {repo_id!r} is not a local folder and could not be fetched from the hub: {one_line(error)}"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, for one-line errors."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable JSON ({first_line(error)})") from error
+        raise ConfigError(f"{path}: not readable JSON ({one_line(error)})") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -162,7 +157,7 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
         with safetensors.safe_open(path, framework="numpy"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: not a valid safetensors file ({first_line(error)})") from error
+        raise ConfigError(f"{path}: not a valid safetensors file ({one_line(error)})") from error
     data = np.memmap(path, dtype=np.uint8, mode="r")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
@@ -188,5 +183,5 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise ConfigError(f"{folder}: the tokenizer cannot be read ({first_line(error)})") from error
+        raise ConfigError(f"{folder}: the tokenizer cannot be read ({one_line(error)})") from error
     return tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxpost.errors import CheckpointError, ConfigError
+from jaxpost.errors import CheckpointError, ConfigError, one_line
 from jaxpost.options import one_of, option
 from jaxpost.sharding import path_of
 from jaxpost.train.state import TrainState
@@ -89,8 +89,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{self.folder / str(step)} cannot be restored: {reason}") from error
+            raise CheckpointError(f"{self.folder / str(step)} cannot be restored: {one_line(error)}") from error
 
     def _check(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
         """Compare before reading: Orbax casts dtypes silently, and leaves reads behind when a shape is wrong."""

@@ -26,6 +26,11 @@ class EvalConfig:
         if self.eval_steps is not None and self.eval_steps < 1:
             raise ConfigError(f"eval_steps is {self.eval_steps}; it must be at least 1")
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates at all."""
+        return self.eval_strategy != "no" or self.eval_on_start
+
 
 def make_eval_step(objective: Objective, graphdef: Any) -> Callable[[TrainState, Batch], dict[str, Mean]]:
     """Compile-ready forward pass: the loss and the metrics of a batch."""

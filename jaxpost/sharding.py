@@ -32,10 +32,16 @@ MESH_AXES: dict[str | None, Any] = {
     "mlp": "tensor",
 }
 
-# Parameter suffix -> logical axes. A parameter under `layers.` has the layer axis in front, which is never split.
+# Parameter suffix -> logical axes; the first match counts. A parameter under `layers.` has the layer axis in front,
+# which is never split.
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "embed.embedding": ("vocab", "embed"),
     "head.kernel": ("embed", "vocab"),
+    "router.kernel": ("embed", None),
+    "shared_share.kernel": ("embed", None),
+    "experts.gate.kernel": (None, "embed", "mlp"),
+    "experts.up.kernel": (None, "embed", "mlp"),
+    "experts.down.kernel": (None, "mlp", "embed"),
     "query.kernel": ("embed", "heads"),
     "key.kernel": ("embed", "heads"),
     "value.kernel": ("embed", "heads"),

@@ -1,11 +1,13 @@
 """Attention behind one signature; kernels are chosen by platform and can be named.
 
-A query sees a key of the same segment at the same or an earlier position. Segments keep packed documents apart;
-segment 0 is padding, whose outputs nobody reads. Within a document positions count up by one from token to token.
+A query sees a key of the same segment at the same or an earlier position, no further back than the layer's window.
+Segments keep packed documents apart; segment 0 is padding, whose outputs nobody reads. Within a document positions
+count up by one from token to token.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +41,19 @@ def attention(
     places: Places,
     *,
     scale: float,
+    window: Int[Array, ""] | None = None,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> Float[Array, "B T H d"]:
     """Causal softmax attention of rows to themselves, with grouped queries (Ainslie et al., 2023, arXiv:2305.13245).
+
+    Args:
+        query, key, value: H heads of queries share K heads of keys and values.
+        places: who sees whom.
+        scale: multiplies the scores.
+        window: tokens that a query sees, itself included; None for all (Beltagy et al., 2020, arXiv:2004.05150).
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma Team, 2024, arXiv:2408.00118, section 2).
+        kernel: a name of KERNELS.
 
     Raises:
         ConfigError: unknown kernel name.
@@ -54,7 +66,7 @@ def attention(
     query, key, value = (jnp.pad(x, pad) for x in (grouped, *(x.swapaxes(1, 2)[:, :, None] for x in (key, value))))
     places = Places(*(jnp.pad(x, pad[2:4]) for x in places))
     run = KERNELS[one_of("attn_implementation", kernel, tuple(KERNELS))]
-    out = run(query * scale, key[:, :, 0], value[:, :, 0], places)
+    out = run(softcap, query * scale, key[:, :, 0], value[:, :, 0], places, window)
     return out[:, :, :, :length].transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
@@ -65,38 +77,52 @@ def attend_cache(
     lengths: Int[Array, "B"],
     *,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B H d"]:
     """Attention of one new token a row to the first `lengths` slots of its cache; scores in float32."""
     batch, heads, dim = query.shape
     grouped = query.reshape(batch, keys.shape[2], -1, dim)
     scores = jnp.einsum("bkgd,bskd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
-    visible = jnp.arange(keys.shape[1]) < lengths[:, None]
+    scores = _capped(scores, softcap)
+    slots = jnp.arange(keys.shape[1])
+    visible = slots < lengths[:, None]
+    if window is not None:
+        visible &= slots >= lengths[:, None] - window
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, NEGATIVE), axis=-1).astype(values.dtype)
     return jnp.einsum("bkgs,bskd->bkgd", weights, values).reshape(batch, heads, dim)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tiled(
-    query: Float[Array, "B K G T d"], key: Float[Array, "B K T d"], value: Float[Array, "B K T d"], places: Places
+    softcap: float | None,
+    query: Float[Array, "B K G T d"],
+    key: Float[Array, "B K T d"],
+    value: Float[Array, "B K T d"],
+    places: Places,
+    window: Int[Array, ""] | None,
 ) -> Float[Array, "B K G T d"]:
     """FlashAttention in plain XLA (Dao et al., 2022, arXiv:2205.14135): tiles of scores, none kept.
 
-    Tiles above the diagonal and tiles of earlier documents only are skipped at run time.
+    Tiles above the diagonal, beyond the window and of earlier documents only are skipped at run time.
     """
-    return _tiled_forward(query, key, value, places)[0]
+    return _tiled_forward(softcap, query, key, value, places, window)[0]
 
 
-def _tiled_forward(query: Array, key: Array, value: Array, places: Places) -> tuple[Array, tuple]:
+def _tiled_forward(
+    softcap: float | None, query: Array, key: Array, value: Array, places: Places, window: Array | None
+) -> tuple[Array, tuple]:
     """Running maximum, mass and weighted sum over the tiles of keys; row statistics are [B, K, G, T, 1]."""
     size = min(BLOCK, query.shape[3])
-    starts = _first_tiles(places, size)
+    starts = _first_tiles(places, window, size)
+    tile_scores = partial(_scores, softcap, window, size)
 
     def row(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         tile_query = _window(query, index, size)
 
         def column(other: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             peak, mass, out = sums
-            scores = _scores(tile_query, key, places, index, other, size)
+            scores, _ = tile_scores(tile_query, key, places, index, other)
             new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_peak), jnp.exp(peak - new_peak)
             part = _matmul("bkgts,bksd->bkgtd", weights.astype(value.dtype), _window(value, other, size))
@@ -112,13 +138,14 @@ def _tiled_forward(query: Array, key: Array, value: Array, places: Places) -> tu
     start = (jnp.zeros_like(query), jnp.zeros((*query.shape[:-1], 1), jnp.float32))
     out, normalizer = lax.fori_loop(0, query.shape[3] // size, row, start)
     out, normalizer = checkpoint_name(out, RESIDUALS), checkpoint_name(normalizer, RESIDUALS)
-    return out, (query, key, value, places, out, normalizer)
+    return out, (query, key, value, places, window, out, normalizer)
 
 
-def _tiled_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
-    query, key, value, places, out, normalizer = saved
+def _tiled_backward(softcap: float | None, saved: tuple, gradient: Array) -> tuple[Array, Array, Array, None, None]:
+    query, key, value, places, window, out, normalizer = saved
     size = min(BLOCK, query.shape[3])
-    starts = _first_tiles(places, size)
+    starts = _first_tiles(places, window, size)
+    tile_scores = partial(_scores, softcap, window, size)
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
     def row(index: Array, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -130,9 +157,10 @@ def _tiled_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array,
         def column(other: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             of_tile, of_key, of_value = sums
             tile_key, tile_value = _window(key, other, size), _window(value, other, size)
-            weights = jnp.exp(_scores(tile_query, key, places, index, other, size) - tile_normalizer)
+            scores, slope = tile_scores(tile_query, key, places, index, other)
+            weights = jnp.exp(scores - tile_normalizer)
             of_weights = _matmul("bkgtd,bksd->bkgts", tile_gradient, tile_value)
-            of_scores = (weights * (of_weights - tile_delta)).astype(query.dtype)
+            of_scores = (weights * (of_weights - tile_delta) * slope).astype(query.dtype)
             add_key = _matmul("bkgts,bkgtd->bksd", of_scores, tile_query)
             add_value = _matmul("bkgts,bkgtd->bksd", weights.astype(query.dtype), tile_gradient)
             return (
@@ -147,27 +175,44 @@ def _tiled_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array,
 
     start = (jnp.zeros_like(query), jnp.zeros(key.shape), jnp.zeros(value.shape))
     of_query, of_key, of_value = lax.fori_loop(0, query.shape[3] // size, row, start)
-    return of_query, of_key.astype(key.dtype), of_value.astype(value.dtype), None
+    return of_query, of_key.astype(key.dtype), of_value.astype(value.dtype), None, None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
-def _first_tiles(places: Places, size: int) -> Int[Array, "tiles"]:
-    """For each tile of queries the first tile of keys that any row needs: where its first token's document begins."""
+def _first_tiles(places: Places, window: Array | None, size: int) -> Int[Array, "tiles"]:
+    """For each tile of queries the first tile of keys that any row needs: where its first token's view begins."""
     first = jnp.arange(0, places.positions.shape[1], size)
     begins = jnp.min(first - places.positions[:, ::size], axis=0)
+    if window is not None:
+        begins = jnp.maximum(begins, first - window + 1)
     return jnp.maximum(begins, 0) // size
 
 
-def _scores(query: Array, key: Array, places: Places, row: Array, column: Array, size: int) -> Array:
-    """Masked float32 scores of a tile."""
+def _scores(
+    softcap: float | None,
+    window: Array | None,
+    size: int,
+    query: Array,
+    key: Array,
+    places: Places,
+    row: Array,
+    column: Array,
+) -> tuple[Array, Array | float]:
+    """Masked float32 scores of a tile, and their derivative by the scores before the soft cap."""
     ours, theirs = (Places(*(_window(x[..., None], i, size)[..., 0] for x in places)) for i in (row, column))
-    visible = (ours.segments[:, :, None] == theirs.segments[:, None, :]) & (
-        ours.positions[:, :, None] >= theirs.positions[:, None, :]
-    )
-    scores = _matmul("bkgtd,bksd->bkgts", query, _window(key, column, size))
-    return jnp.where(visible[:, None, None], scores, NEGATIVE)
+    distance = ours.positions[:, :, None] - theirs.positions[:, None, :]
+    visible = (ours.segments[:, :, None] == theirs.segments[:, None, :]) & (distance >= 0)
+    if window is not None:
+        visible &= distance < window
+    scores = _capped(_matmul("bkgtd,bksd->bkgts", query, _window(key, column, size)), softcap)
+    slope = 1.0 if softcap is None else 1 - (scores / softcap) ** 2
+    return jnp.where(visible[:, None, None], scores, NEGATIVE), slope
+
+
+def _capped(scores: Array, softcap: float | None) -> Array:
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def _matmul(formula: str, a: Array, b: Array) -> Array:
@@ -191,4 +236,7 @@ def _put_window(whole: Array, part: Array, index: Array, size: int) -> Array:
     return lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=whole.ndim - 2)
 
 
-KERNELS: dict[str, Callable[[Array, Array, Array, Places], Array]] = {"auto": _tiled, "xla": _tiled}
+KERNELS: dict[str, Callable[..., Any]] = {
+    "auto": _tiled,
+    "xla": _tiled,
+}

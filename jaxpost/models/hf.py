@@ -16,8 +16,9 @@ from jaxpost.errors import ConfigError
 from jaxpost.models.attention import KERNELS
 from jaxpost.models.checkpoint import Checkpoint, open_checkpoint
 from jaxpost.models.config import Compute, ModelConfig
-from jaxpost.models.families import FAMILIES, Row, read_config, rows_of
-from jaxpost.models.transformer import Decoder
+from jaxpost.models.families import architecture, read_config, rows_of
+from jaxpost.models.rows import HFTensor, Row, hf_tensors
+from jaxpost.models.transformer import HEADS, Decoder
 from jaxpost.options import one_of, option
 from jaxpost.sharding import make_mesh, path_of, shardings
 
@@ -52,33 +53,37 @@ class ModelArguments:
 def from_pretrained(
     name_or_path: str | os.PathLike[str],
     *,
+    head: str = "lm",
     dtype: str = "float32",
     compute: Compute | None = None,
     revision: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Decoder:
-    """Load a language model from an HF folder, a hub id or a `.gguf` file.
+    """Load a language model or a reward model from an HF folder, a hub id or a `.gguf` file.
 
     Args:
         name_or_path: where the model is.
+        head: `lm`, or `reward`: a score a token, new where the checkpoint is a language model.
         dtype: of the parameters: float32, bfloat16 or float16.
         compute: dtype, remat and kernel of the forward pass; by default the parameters' dtype, nothing recomputed.
         revision: branch, tag or commit of a hub repository.
         mesh: where to put the parameters; by default the first device.
 
     Returns:
-        A model: `model(tokens) -> logits [B, T, V]`.
+        A model: `model(tokens) -> logits [B, T, V]`, or scores [B, T] with a reward head.
 
     Raises:
         ConfigError: missing or unsupported files, tensors or config fields; the message lists them.
     """
-    return load(open_checkpoint(name_or_path, revision), str(name_or_path), dtype=dtype, compute=compute, mesh=mesh)
+    checkpoint = open_checkpoint(name_or_path, revision)
+    return load(checkpoint, str(name_or_path), head=head, dtype=dtype, compute=compute, mesh=mesh)
 
 
 def load(
     checkpoint: Checkpoint,
     source: str,
     *,
+    head: str = "lm",
     dtype: str = "float32",
     compute: Compute | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -86,13 +91,15 @@ def load(
     """Build the model of an opened checkpoint; see `from_pretrained`. `source` names it in errors."""
     one_of("dtype", dtype, PARAMETER_DTYPES)
     mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+    one_of("head", head, HEADS)
     config = read_config(checkpoint.config, source)
+    architecture(config, head, source)
     compute = compute or Compute(dtype=dtype)
-    abstract = nnx.eval_shape(lambda: Decoder(config, compute=compute, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Decoder(config, head=head, compute=compute, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     shapes = nnx.to_pure_dict(state)
-    check_tensors(config, checkpoint, shapes, source)
-    rows = {row.path: row for row in rows_of(config)}
+    check_tensors(config, head, checkpoint, shapes, source)
+    rows = {row.path: row for row in rows_of(config, head)}
     weights = jax.tree_util.tree_map_with_path(
         lambda path, leaf, sharding: jax.make_array_from_callback(
             leaf.shape, sharding, _reader(checkpoint, rows[path_of(path)], leaf.shape, np.dtype(dtype))
@@ -114,53 +121,40 @@ def place(model: Decoder, compute: Compute, mesh: jax.sharding.Mesh) -> Decoder:
 def _reader(checkpoint: Checkpoint, row: Row, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[Any], np.ndarray]:
     """What `jax.make_array_from_callback` asks for one shard: only that slice is read and cast."""
 
-    def tensor(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        whole = checkpoint.read(name)
-        return np.asarray((whole.T if row.transpose else whole)[index])
-
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        if "{}" not in row.hf_name:
-            return np.ascontiguousarray(tensor(row.hf_name, index), dtype=dtype)
-        layers = range(*index[0].indices(shape[0]))
-        first = tensor(row.hf_name.format(layers[0]), index[1:])
-        out = np.empty((len(layers), *first.shape), dtype)
-        for slot, layer in enumerate(layers):
-            out[slot] = tensor(row.hf_name.format(layer), index[1:])
+        starts_stops = [part.indices(dim)[:2] for part, dim in zip(index, shape, strict=True)]
+        out = np.empty([stop - start for start, stop in starts_stops], dtype)
+        for slot in np.ndindex(*out.shape[: row.stacked]):
+            stacked = (start + offset for (start, _), offset in zip(starts_stops, slot, strict=False))
+            whole = checkpoint.read(row.hf_name.format(*stacked))
+            if row.part is not None:
+                whole = whole[row.part.start : row.part.stop]
+            out[slot] = (whole.T if row.transpose else whole)[index[row.stacked :]]
         return out
 
     return read
 
 
-def hf_tensors(config: ModelConfig, shapes: dict[str, Any]) -> dict[str, tuple[Row, int | None, tuple[int, ...]]]:
-    """Every HF tensor of this model: name -> (row, layer or None, HF shape)."""
-    by_path = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    tensors: dict[str, tuple[Row, int | None, tuple[int, ...]]] = {}
-    for row in rows_of(config):
-        shape = by_path.pop(row.path)
-        stacked = "{}" in row.hf_name
-        inner = shape[1:] if stacked else shape
-        inner = inner[::-1] if row.transpose else inner
-        for layer in range(shape[0]) if stacked else [None]:
-            tensors[row.hf_name.format(layer)] = (row, layer, inner)
-    assert not by_path, f"parameters without a row: {sorted(by_path)}"
-    return tensors
+def parameter_shapes(weights: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter, by path."""
+    return {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
 
 
-def check_tensors(config: ModelConfig, checkpoint: Checkpoint, shapes: dict[str, Any], source: str) -> None:
+def check_tensors(config: ModelConfig, head: str, checkpoint: Checkpoint, weights: Any, source: str) -> None:
     """Compare what the architecture needs with what the files hold, before anything is read.
 
     Raises:
         ConfigError: lists missing, unexpected and wrongly shaped tensors.
     """
-    needed = hf_tensors(config, shapes)
+    needed = hf_tensors(rows_of(config, head), parameter_shapes(weights))
     ignored = {"lm_head.weight"} if config.tie_embeddings else set()
     ignored |= {name for name in checkpoint.names() if name.endswith("rotary_emb.inv_freq")}
     missing = sorted(set(needed) - checkpoint.names())
     unexpected = sorted(checkpoint.names() - set(needed) - ignored)
     wrong = [
-        f"{name} {list(checkpoint.shape(name))} instead of {list(shape)}"
-        for name, (_, _, shape) in needed.items()
-        if name in checkpoint.names() and checkpoint.shape(name) != shape
+        f"{name} {list(checkpoint.shape(name))} instead of {list(tensor.shape)}"
+        for name, tensor in needed.items()
+        if name in checkpoint.names() and checkpoint.shape(name) != tensor.shape
     ]
     problems = [
         f"{kind}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
@@ -201,11 +195,12 @@ def save_pretrained(
         staging.mkdir(parents=True)
     weights = nnx.to_pure_dict(nnx.state(model))
     dtype = str(jax.tree.leaves(weights)[0].dtype)
-    _write_safetensors(staging / "model.safetensors", model.config, weights, dtype, main)
+    tensors = hf_tensors(rows_of(model.config, model.head_kind), parameter_shapes(weights))
+    _write_safetensors(staging / "model.safetensors", tensors, weights, dtype, main)
     if not main:
         return
-    architecture = FAMILIES[model.config.hf["model_type"]].architecture
-    config = {**model.config.hf, "architectures": [architecture], "vocab_size": model.config.vocab_size, "dtype": dtype}
+    name = architecture(model.config, model.head_kind)
+    config = {**model.config.hf, "architectures": [name], "vocab_size": model.config.vocab_size, "dtype": dtype}
     config.pop("torch_dtype", None)
     _write_json(staging / "config.json", config)
     if generation_config:
@@ -218,23 +213,21 @@ def save_pretrained(
     staging.rmdir()
 
 
-def _write_safetensors(path: Path, config: ModelConfig, weights: dict[str, Any], dtype: str, main: bool) -> None:
+def _write_safetensors(path: Path, tensors: dict[str, HFTensor], weights: Any, dtype: str, main: bool) -> None:
     """Stream the tensors one after the other: no host holds more than one parameter of the whole model."""
     by_path = {path_of(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(weights)}
-    tensors = hf_tensors(config, weights)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset, size = 0, np.dtype(dtype).itemsize
-    for name, (_, _, shape) in tensors.items():
-        end = offset + int(np.prod(shape)) * size
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+    size, offset = np.dtype(dtype).itemsize, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.size * size
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": tensor.shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path if main else os.devnull, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for row, layer, _ in tensors.values():
-            whole = by_path[row.path]
-            value = _to_host(whole if layer is None else whole[layer])
+        for row, at in (piece for tensor in tensors.values() for piece in tensor.pieces):
+            value = _to_host(by_path[row.path][at])
             file.write(np.ascontiguousarray(value.T if row.transpose else value).tobytes())
         file.flush()
         if main:

@@ -1,6 +1,7 @@
 """The decoder: embedding, scanned blocks, final norm, head.
 
-`hidden` and `unembed` are the contract with objectives. `prefill` and `decode` walk the same weights with a cache.
+`hidden`, `unembed` and `score` are the contract with objectives. `prefill` and `decode` walk the same weights with a
+cache. What differs from layer to layer is data: the window, and which of the rotary embeddings.
 """
 
 from typing import NamedTuple
@@ -14,9 +15,12 @@ from jaxtyping import Float, Int
 
 from jaxpost.models.attention import RESIDUALS, Places, attend_cache, attention
 from jaxpost.models.config import Compute, ModelConfig
-from jaxpost.models.layers import MLP, Embed, Head, Linear, RMSNorm, apply_rotary, rotary_frequencies, rotary_table
+from jaxpost.models.layers import MLP, Embed, Head, Linear, RMSNorm
+from jaxpost.models.moe import MoE, Routing, balance_loss, balance_terms
+from jaxpost.models.rotary import BY_LENGTH, apply_rotary, rotary_angles, text_lengths
 from jaxpost.sharding import constrain
 
+HEADS = ("lm", "reward")
 REMAT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -39,88 +43,151 @@ class Cache(NamedTuple):
     lengths: Int[Array, "B"]
 
 
+class Layer(NamedTuple):
+    """What makes one layer differ from another, as data; None where all layers are alike.
+
+    Attributes:
+        rotary: which of the rotary embeddings.
+        window: tokens that it sees.
+    """
+
+    rotary: Int[Array, "..."] | None
+    window: Int[Array, "..."] | None
+
+
 class Attention(nnx.Module):
-    """Projections of grouped-query attention; the kernel itself is called by the block."""
+    """Projections of grouped-query attention; the kernel itself is called by the decoder."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.head_dim = config.head_dim
-        heads, kv_heads, bias = (
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-            config.attention_bias,
-        )
+        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
+        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        bias = "qkv" in config.biases
         self.query = Linear(config.embed_dim, heads, bias=bias, rngs=rngs)
         self.key = Linear(config.embed_dim, kv_heads, bias=bias, rngs=rngs)
         self.value = Linear(config.embed_dim, kv_heads, bias=bias, rngs=rngs)
-        self.out = Linear(heads, config.embed_dim, bias=bias, rngs=rngs)
+        self.out = Linear(heads, config.embed_dim, bias="out" in config.biases, rngs=rngs)
+        if config.qk_norm != "none":
+            dims = (heads, kv_heads) if config.qk_norm == "projection" else (config.head_dim, config.head_dim)
+            self.query_norm, self.key_norm = (RMSNorm(d, eps=config.norm_eps, offset=config.norm_offset) for d in dims)
 
-    def project(self, x: Float[Array, "rows D"], rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "rows D"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Queries [rows, H, d], keys and values [rows, K, d], rotated."""
-        query, key, value = (
-            linear(x).reshape(len(x), -1, self.head_dim) for linear in (self.query, self.key, self.value)
-        )
-        return apply_rotary(query, *rotary), apply_rotary(key, *rotary), value
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.qk_norm == "projection":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = (part.reshape(len(x), -1, self.head_dim) for part in (query, key, value))
+        if self.qk_norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block; the rows are the tokens of all examples, since only attention knows of examples."""
+    """Transformer block; the rows are the tokens of all examples, since only attention knows of examples."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.config = config
+
+        def norm(place: str) -> RMSNorm | None:
+            wanted = config.norms in (place, "both")
+            return RMSNorm(config.embed_dim, eps=config.norm_eps, offset=config.norm_offset) if wanted else None
+
+        self.attention_norm, self.mlp_norm = norm("pre"), norm("pre")
+        self.post_attention_norm, self.post_mlp_norm = norm("post"), norm("post")
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
+        bias = "mlp" in config.biases
+        self.mlp = (
+            MoE(config, rngs=rngs)
+            if config.experts
+            else MLP(config.embed_dim, config.mlp_dim, activation=config.activation, bias=bias, rngs=rngs)
+        )
 
-    def project(self, h: Float[Array, "rows D"], rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        return self.attention.project(self.attention_norm(h), rotary)
+    def project(self, h: Float[Array, "rows D"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of the tokens."""
+        return self.attention.project(_normed(h, self.attention_norm), cos, sin)
 
-    def finish(self, h: Float[Array, "rows D"], attended: Float[Array, "rows H d"]) -> Float[Array, "rows D"]:
-        h = h + self.attention.out(attended.reshape(len(h), -1))
-        return h + self.mlp(self.mlp_norm(h))
+    def finish(
+        self, h: Float[Array, "rows D"], attended: Float[Array, "rows H d"]
+    ) -> tuple[Float[Array, "rows D"], Routing | None]:
+        """The residual stream after this block, and what its router did if it has one."""
+        scale = self.config.residual_scale
+        h = h + scale * _normed(self.attention.out(attended.reshape(len(h), -1)), self.post_attention_norm)
+        out = self.mlp(_normed(h, self.mlp_norm))
+        out, routing = out if isinstance(out, tuple) else (out, None)
+        return h + scale * _normed(out, self.post_mlp_norm), routing
+
+
+def _normed(x: Array, norm: RMSNorm | None) -> Array:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
-    """A decoder-only language model with a language-model head."""
+    """A decoder-only language model, with the head of a language model or of a reward model."""
 
-    def __init__(self, config: ModelConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, head: str = "lm", compute: Compute = Compute(), rngs: nnx.Rngs):
         self.config = config
         self.compute = compute
+        self.head_kind = head
         self.embed = Embed(config.vocab_size, config.embed_dim, rngs=rngs)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
-        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.head = None if config.tie_embeddings else Head(config.embed_dim, config.vocab_size, rngs=rngs)
+        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps, offset=config.norm_offset)
+        tied = config.tie_embeddings and head == "lm"
+        self.head = None if tied else Head(config.embed_dim, 1 if head == "reward" else config.vocab_size, rngs=rngs)
 
     def __call__(
         self,
         tokens: Int[Array | np.ndarray, "B T"],
         positions: Int[Array | np.ndarray, "B T"] | None = None,
         segments: Int[Array | np.ndarray, "B T"] | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits, float32. Positions default to 0..T-1 and segments to one document a row."""
+    ) -> Float[Array, "B T V"] | Float[Array, "B T"]:
+        """Logits [B, T, V], or scores [B, T] of a reward model; float32.
+
+        Positions default to 0..T-1 and segments to one document a row.
+        """
         tokens = jnp.asarray(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = jnp.ones_like(tokens) if segments is None else segments
-        return self.unembed(self.hidden(tokens, jnp.asarray(positions), jnp.asarray(segments)))
+        h, _ = self.hidden(tokens, jnp.asarray(positions), jnp.asarray(segments))
+        return self.unembed(h) if self.head_kind == "lm" else self.score(h)
 
     def hidden(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
-        """Final hidden states; documents of different `segments` never see each other."""
-        return self._walk(tokens, positions, segments, with_cache=False)[0]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """Final hidden states, and the load-balancing loss of the routers (0 without experts).
+
+        Documents of different `segments` never see each other.
+        """
+        by_length = any(rotary.kind in BY_LENGTH for rotary in self.config.rotaries)
+        lengths = text_lengths(positions, segments).reshape(-1) if by_length else 0
+        h, _, balance = self._walk(tokens, positions, segments, lengths, with_cache=False)
+        return h, balance
 
     def unembed(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Logits of hidden states, float32."""
-        return self.embed.attend(h) if self.head is None else self.head(h)
+        assert self.head_kind == "lm"
+        logits = self.embed.attend(h) if self.head is None else self.head(h)
+        if self.config.logit_divisor != 1:
+            logits = logits / self.config.logit_divisor
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def score(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
+        """Rewards of hidden states, float32."""
+        assert self.head_kind == "reward" and self.head is not None
+        return self.head(h)[..., 0]
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], cache_length: int
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Read right-padded prompts: each row's last hidden state, and a cache with room for `cache_length` tokens."""
+        """Read right-padded prompts: each row's last hidden state, and a cache with room for `cache_length` tokens.
+
+        Rotary embeddings that depend on the length of the text are those of a text that fills the cache: keys that
+        were turned for a shorter text could not be used for a longer one.
+        """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = (positions < lengths[:, None]).astype(jnp.int32)
-        h, (keys, values) = self._walk(tokens, positions, segments, with_cache=True)
+        h, (keys, values), _ = self._walk(tokens, positions, segments, cache_length, with_cache=True)
         room = [(0, 0), (0, cache_length - tokens.shape[1]), (0, 0), (0, 0)]
         keys, values = (tuple(jnp.pad(layer, room) for layer in stacked) for stacked in (keys, values))
         last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -131,38 +198,71 @@ class Decoder(nnx.Module):
 
         Layers are unrolled with a cache each: scanning them with the cache copies all of it at every token.
         """
-        rotary = rotary_table(cache.lengths, rotary_frequencies(self.config.rotary, self.config.head_dim))
-        rows = jnp.arange(len(tokens))
+        config, rows = self.config, jnp.arange(len(tokens))
+        angles = rotary_angles(config.rotaries, cache.lengths, cache.keys[0].shape[1])
         graphdef, stacked = nnx.split(self.layers)
-        h = self.embed(tokens, self.compute.dtype)
+        h = self._embedded(tokens)
         keys, values = [], []
-        for index in range(self.config.num_layers):
+        for index in range(config.num_layers):
             block = nnx.merge(graphdef, jax.tree.map(lambda weight, index=index: weight[index], stacked))
-            query, key, value = block.project(h, rotary)
+            kind = config.layer_rotaries[index]
+            query, key, value = block.project(h, angles.cos[kind], angles.sin[kind])
             keys.append(cache.keys[index].at[rows, cache.lengths].set(key))
             values.append(cache.values[index].at[rows, cache.lengths].set(value))
             attended = attend_cache(
-                query, keys[index], values[index], cache.lengths + 1, scale=self.config.head_dim**-0.5
+                query,
+                keys[index],
+                values[index],
+                cache.lengths + 1,
+                scale=config.attention_scale,
+                window=config.layer_windows[index],
+                softcap=config.attention_softcap,
             )
-            h = block.finish(h, attended)
+            h, _ = block.finish(h, attended)
         return self.norm(h), Cache(tuple(keys), tuple(values), cache.lengths + 1)
 
-    def _walk(self, tokens: Array, positions: Array, segments: Array, *, with_cache: bool) -> tuple[Array, tuple]:
-        """Scan the blocks; with_cache also stacks every layer's keys and values."""
-        places, shape = Places(positions, segments), tokens.shape
-        rotary = rotary_table(positions.reshape(-1), rotary_frequencies(self.config.rotary, self.config.head_dim))
+    def _embedded(self, tokens: Int[Array, "rows"]) -> Float[Array, "rows D"]:
+        h = self.embed(tokens, self.compute.dtype)
+        return h if self.config.embed_scale == 1 else h * self.config.embed_scale
+
+    def _layers(self) -> Layer:
+        """[L] of each of a layer's peculiarities."""
+        config = self.config
+        rotary = jnp.asarray(config.layer_rotaries) if len(config.rotaries) > 1 else None
+        windows = [config.max_positions + 2**30 if window is None else window for window in config.layer_windows]
+        return Layer(rotary, jnp.asarray(windows) if any(config.layer_windows) else None)
+
+    def _walk(
+        self, tokens: Array, positions: Array, segments: Array, lengths: Array | int, *, with_cache: bool
+    ) -> tuple[Array, tuple, Array]:
+        """Scan the blocks: hidden states, every layer's keys and values if asked for, and the load-balancing loss."""
+        config, places, shape = self.config, Places(positions, segments), tokens.shape
+        angles = rotary_angles(config.rotaries, positions.reshape(-1), lengths)
+        real = segments.reshape(-1) > 0
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(h: Array, weights: nnx.State) -> tuple[Array, tuple]:
-            block = nnx.merge(graphdef, weights)
-            query, key, value = (x.reshape(*shape, *x.shape[1:]) for x in block.project(h, rotary))
-            scale, kernel = self.config.head_dim**-0.5, self.compute.attention
-            attended = attention(query, key, value, places, scale=scale, kernel=kernel)
-            h = constrain(block.finish(h, attended.reshape(-1, *attended.shape[2:])), "batch", None)
-            return h, (key, value) if with_cache else ()
+        def body(h: Array, layer: tuple[nnx.State, Layer]) -> tuple[Array, tuple]:
+            block = nnx.merge(graphdef, layer[0])
+            kind = 0 if layer[1].rotary is None else layer[1].rotary
+            projected = block.project(h, angles.cos[kind], angles.sin[kind])
+            query, key, value = (x.reshape(*shape, *x.shape[1:]) for x in projected)
+            attended = attention(
+                query,
+                key,
+                value,
+                places,
+                scale=config.attention_scale,
+                window=layer[1].window,
+                softcap=config.attention_softcap,
+                kernel=self.compute.attention,
+            )
+            h, routing = block.finish(h, attended.reshape(-1, *attended.shape[2:]))
+            cached = (key, value) if with_cache else ()
+            return constrain(h, "batch", None), (cached, () if routing is None else balance_terms(routing, real))
 
         if self.compute.remat != "none":
             body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
-        h = constrain(self.embed(tokens.reshape(-1), self.compute.dtype), "batch", None)
-        h, cached = jax.lax.scan(body, h, stacked)
-        return self.norm(h).reshape(*shape, -1), cached
+        h = constrain(self._embedded(tokens.reshape(-1)), "batch", None)
+        h, (cached, terms) = jax.lax.scan(body, h, (stacked, self._layers()))
+        balance = balance_loss(terms[0], terms[1], jnp.sum(real)) if terms else jnp.zeros(())
+        return self.norm(h).reshape(*shape, -1), cached, balance

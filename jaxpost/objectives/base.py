@@ -4,12 +4,14 @@
 > gradient; one pure step takes the gradient of the loss.
 """
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float, Int
 
 from jaxpost.metrics import Mean
+from jaxpost.options import option
 
 Batch = dict[str, Array]  # the leading axis of every column is the example
 
@@ -20,7 +22,7 @@ class Model(Protocol):
 
     def hidden(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]: ...
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]: ...
 
     def unembed(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]: ...
 
@@ -36,3 +38,23 @@ class Objective(Protocol):
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         """The loss and the metrics of a micro-batch; sums, so that micro-batches and devices add up exactly."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterLoss:
+    """The auxiliary loss that keeps the experts of a mixture evenly used, for any objective."""
+
+    router_aux_loss_coef: float | None = option(
+        None, "Coefficient of the load-balancing loss of mixtures of experts; by default the model's own, 0 for none."
+    )
+
+    def with_balance(self, loss: Mean, balance: Float[Array, ""]) -> tuple[Mean, dict[str, Mean]]:
+        """The loss plus coefficient x `balance`, and the metric `aux_loss`.
+
+        `balance` is a product of two means over a micro-batch, as in transformers: of all that is added up in a step it
+        alone depends, a little, on how the batch is split.
+        """
+        if not self.router_aux_loss_coef:
+            return loss, {}
+        added = self.router_aux_loss_coef * balance * loss.count
+        return Mean(loss.total + added, loss.count), {"aux_loss": Mean(balance * loss.count, loss.count)}

@@ -41,11 +41,15 @@ def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     return targets, (mask > 0) & (segments == batch["segments"]) & ~last
 
 
-def score_batch(model: Model, batch: Batch) -> tuple[TokenScores, Bool[Array, "B T"]]:
-    """Run the model over a batch and score its trained tokens; position t scores token t + 1."""
+def score_batch(model: Model, batch: Batch) -> tuple[TokenScores, Bool[Array, "B T"], Float[Array, ""]]:
+    """Run the model over a batch and score its trained tokens; position t scores token t + 1.
+
+    Returns:
+        (scores, mask of the trained tokens, load-balancing loss of the model's routers).
+    """
     targets, mask = next_tokens(batch)
-    h = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
-    return score_tokens(model, h, targets, mask), mask
+    h, balance = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+    return score_tokens(model, h, targets, mask), mask, balance
 
 
 def score_tokens(

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jaxpost.metrics import Mean, masked_mean
-from jaxpost.objectives.base import Batch, Model
+from jaxpost.objectives.base import Batch, Model, RouterLoss
 from jaxpost.objectives.logps import score_batch
 from jaxpost.options import one_of, option
 
@@ -29,7 +29,7 @@ def token_losses(logps: Float[Array, "B T"], loss_type: str) -> Float[Array, "B 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFT:
+class SFT(RouterLoss):
     """The objective; rows are `tokens, positions, segments, loss_mask`."""
 
     loss_type: str = option("nll", "Loss of a token: nll, or dft (weighted by its own probability).")
@@ -41,9 +41,10 @@ class SFT:
         return batch
 
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        scores, mask = score_batch(model, batch)
+        scores, mask, balance = score_batch(model, batch)
+        loss, routing = self.with_balance(masked_mean(token_losses(scores.logps, self.loss_type), mask), balance)
         metrics = {
             "entropy": masked_mean(scores.entropy, mask),
             "mean_token_accuracy": masked_mean(scores.top, mask),
         }
-        return masked_mean(token_losses(scores.logps, self.loss_type), mask), metrics
+        return loss, metrics | routing

@@ -19,7 +19,7 @@ def test_chunks_equal_full_logits_in_value_and_gradient(tied, chunk):
     def chunked(state):
         model = nnx.merge(graphdef, state)
         targets, mask = next_tokens(batch)
-        h = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+        h, _ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
         scores = score_tokens(model, h, targets, mask, temperature=0.7, entropy_gradient=True, chunk=chunk)
         return jnp.sum(scores.logps * weight) + jnp.sum(scores.entropy), scores
 
@@ -45,7 +45,7 @@ def test_entropy_carries_no_gradient_unless_asked():
     model = make_model()
     batch = jax.tree.map(jnp.asarray, make_batch(rows=2))
     targets, mask = next_tokens(batch)
-    h = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+    h, _ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
 
     def entropy(h, asked):
         return jnp.sum(score_tokens(model, h, targets, mask, entropy_gradient=asked).entropy)

@@ -184,6 +184,7 @@ SMOLLM3 = {
     "use_sliding_window": False,
     "no_rope_layer_interval": 4,
 }
+OLMO3 = {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096}
 GRANITE = dict.fromkeys(["attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"], 1.0)
 
 FAMILIES: dict[str, Family] = {
@@ -207,6 +208,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi3", configs.read_phi3, phi3_rows, PHI3),
     "smollm3": Family("SmolLM3", configs.read_smollm3, dense_rows, SMOLLM3),
     "olmo2": Family("Olmo2", configs.read_olmo2, dense_rows, {"rms_norm_eps": 1e-5}),
+    "olmo3": Family("Olmo3", configs.read_olmo3, dense_rows, OLMO3),
     "granite": Family("Granite", configs.read_granite, dense_rows, GRANITE, classifier=None),
 }
 

@@ -64,6 +64,15 @@ def _window_everywhere(reader: ConfigReader) -> tuple[int | None, ...]:
     return (window,) * reader.size("num_hidden_layers", MAX_LAYERS)
 
 
+def _two_rotaries(reader: ConfigReader, windows: tuple[int | None, ...], sliding_theta: str) -> dict[str, Any]:
+    """Full layers and sliding ones have rotary embeddings of their own."""
+    head_dim = _head_dim(reader)
+    full = read_rotary(reader, head_dim, part=FULL)
+    sliding = read_rotary(reader, head_dim, part=SLIDING, theta=sliding_theta)
+    kinds = tuple(int(window is not None) for window in windows)
+    return {"rotaries": (full, sliding), "layer_rotaries": kinds, "layer_windows": windows}
+
+
 def _qwen_window(reader: ConfigReader) -> int | None:
     """Qwen's configs give a window even where it is switched off."""
     window = reader.optional("sliding_window", int)
@@ -181,22 +190,18 @@ def read_gemma2(reader: ConfigReader) -> ModelConfig:
 
 def read_gemma3(reader: ConfigReader) -> ModelConfig:
     """Sliding layers have a rotary base of their own, and no scaling."""
-    window, head_dim = reader.optional_size("sliding_window"), _head_dim(reader)
+    window = reader.optional_size("sliding_window")
     period = reader.size("sliding_window_pattern")
     reader.ignore("hidden_act")
     reader.fixed("attn_logit_softcapping")  # transformers does not apply it
     windows = read_windows(reader, window, lambda layer: (layer + 1) % period > 0)
-    full = read_rotary(reader, head_dim, part=FULL)
-    sliding = read_rotary(reader, head_dim, part=SLIDING, theta="rope_local_base_freq")
     return _gemma(
         reader,
         activation="hidden_activation",
         norms="both",
         qk_norm="head",
         attention_scale=reader.size("query_pre_attn_scalar") ** -0.5,
-        rotaries=(full, sliding),
-        layer_rotaries=tuple(int(window is not None) for window in windows),
-        layer_windows=windows,
+        **_two_rotaries(reader, windows, "rope_local_base_freq"),
         logit_softcap=reader.optional_positive("final_logit_softcapping"),
     )
 
@@ -228,6 +233,13 @@ def read_smollm3(reader: ConfigReader) -> ModelConfig:
 
 def read_olmo2(reader: ConfigReader) -> ModelConfig:
     return _decoder(reader, biases=_attention_biases(reader), norms="post", qk_norm="projection")
+
+
+def read_olmo3(reader: ConfigReader) -> ModelConfig:
+    """Three of four layers slide; only the full ones have their rotary embedding scaled."""
+    windows = read_windows(reader, reader.optional_size("sliding_window"), lambda layer: (layer + 1) % 4 > 0)
+    switches = _two_rotaries(reader, windows, "rope_theta")
+    return _decoder(reader, biases=_attention_biases(reader), norms="post", qk_norm="projection", **switches)
 
 
 def read_granite(reader: ConfigReader) -> ModelConfig:

@@ -24,18 +24,23 @@ def inputs(length, documents, rows=2, heads=6, kv_heads=3, dim=8):
     return arrays, Places(jnp.asarray(positions), jnp.asarray(segments))
 
 
-def written_out(query, key, value, places, scale):
+def written_out(query, key, value, places, scale, window=None, softcap=None):
     groups = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     order = jnp.arange(query.shape[1])
     visible = (places.segments[:, :, None] == places.segments[:, None]) & (order[:, None] >= order)
-    scores = jnp.where(visible[:, None], jnp.einsum("bthd,bshd->bhts", query, key) * scale, -jnp.inf)
+    visible &= order[:, None] - order < (window or len(order))
+    scores = jnp.einsum("bthd,bshd->bhts", query, key) * scale
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), value)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("documents", [1, 5])
-def test_equals_scores_written_out(length, documents):
+@pytest.mark.parametrize(
+    ("documents", "window", "softcap"), [(1, None, None), (5, None, None), (2, 5, 0.7), (1, BLOCK + 3, None)]
+)
+def test_equals_scores_written_out(length, documents, window, softcap):
     arrays, places = inputs(length, documents)
     real = (places.segments > 0)[..., None, None]
     weight = jnp.cos(jnp.arange(arrays[0].size)).reshape(arrays[0].shape)
@@ -44,8 +49,9 @@ def test_equals_scores_written_out(length, documents):
         out = jnp.where(real, kernel(*arrays), 0.0)
         return jnp.sum(out * weight), out
 
-    ours = lambda *arrays: attention(*arrays, places, scale=0.3)  # noqa: E731
-    theirs = lambda *arrays: written_out(*arrays, places, 0.3)  # noqa: E731
+    traced = None if window is None else jnp.asarray(window)
+    ours = lambda *arrays: attention(*arrays, places, scale=0.3, window=traced, softcap=softcap)  # noqa: E731
+    theirs = lambda *arrays: written_out(*arrays, places, 0.3, window, softcap)  # noqa: E731
     gradients = jax.jit(jax.grad(run, argnums=1, has_aux=True), static_argnums=0)
     (mine, out), (expected, expected_out) = gradients(ours, arrays), gradients(theirs, arrays)
     np.testing.assert_allclose(out, expected_out, atol=2e-6)
@@ -62,14 +68,26 @@ def test_documents_have_exactly_no_influence_on_each_other():
         assert np.any(array)
 
 
-def test_one_token_against_a_cache():
+def test_tiles_beyond_the_window_are_not_even_read():
+    (query, key, value), _ = inputs(3 * BLOCK, 1, rows=1)
+    order = jnp.arange(3 * BLOCK)
+    places = Places(order[None], jnp.ones((1, 3 * BLOCK), jnp.int32))
+    value = jnp.where((order < BLOCK)[:, None, None], jnp.nan, value)
+    out = attention(query, key, value, places, scale=0.3, window=jnp.asarray(BLOCK))
+    assert np.all(np.isfinite(out[:, 2 * BLOCK :]))
+    assert np.all(np.isnan(out[:, :BLOCK]))
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, 0.7)])
+def test_one_token_against_a_cache(window, softcap):
     (query, key, value), _ = inputs(9, 1)
     whole = Places(jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32))
-    full = attention(query, key, value, whole, scale=0.3)
+    limits = {"scale": 0.3, "softcap": softcap}
+    full = attention(query, key, value, whole, window=None if window is None else jnp.asarray(window), **limits)
     room = [(0, 0), (0, 5), (0, 0), (0, 0)]
     lengths = jnp.asarray([9, 4])
     last = query[jnp.arange(2), lengths - 1]
-    one = attend_cache(last, jnp.pad(key, room), jnp.pad(value, room), lengths, scale=0.3)
+    one = attend_cache(last, jnp.pad(key, room), jnp.pad(value, room), lengths, window=window, **limits)
     np.testing.assert_allclose(one, full[jnp.arange(2), lengths - 1], atol=1e-6)
 
 

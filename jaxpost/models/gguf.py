@@ -3,7 +3,6 @@
 Source: llama.cpp's convert_hf_to_gguf.py, whose renaming and reordering is undone here.
 """
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -11,53 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxpost.models.gguf_architectures import ARCHITECTURES, Architecture, Row, sizes
 from jaxpost.models.gguf_file import CONVERT, HF_FOLDER, Metadata, Tensor, dequantize, open_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """One tensor: its GGUF name, its HF name (`{}` is the layer) and its HF shape in the letters of `_match`."""
-
-    gguf: str
-    hf: str
-    shape: str
-    heads: str = ""  # config key of the number of heads, where llama.cpp interleaved each head's rotary halves
-    optional: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Architecture:
-    """What one `general.architecture` means: the config that the file does not spell out, and its tensors."""
-
-    hf_class: str
-    config: Mapping[str, Any]
-    rows: tuple[_Row, ...]
-
-
-_LAYER = "model.layers.{}."
-_ARCHITECTURES = {
-    "llama": _Architecture(
-        hf_class="LlamaForCausalLM",
-        config={"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-        rows=(
-            _Row("token_embd.weight", "model.embed_tokens.weight", "VD"),
-            _Row("output_norm.weight", "model.norm.weight", "D"),
-            _Row("output.weight", "lm_head.weight", "VD", optional=True),
-            _Row("blk.{}.attn_norm.weight", _LAYER + "input_layernorm.weight", "D"),
-            _Row("blk.{}.attn_q.weight", _LAYER + "self_attn.q_proj.weight", "QD", heads="num_attention_heads"),
-            _Row("blk.{}.attn_k.weight", _LAYER + "self_attn.k_proj.weight", "KD", heads="num_key_value_heads"),
-            _Row("blk.{}.attn_v.weight", _LAYER + "self_attn.v_proj.weight", "KD"),
-            _Row("blk.{}.attn_output.weight", _LAYER + "self_attn.o_proj.weight", "DQ"),
-            _Row("blk.{}.ffn_norm.weight", _LAYER + "post_attention_layernorm.weight", "D"),
-            _Row("blk.{}.ffn_gate.weight", _LAYER + "mlp.gate_proj.weight", "FD"),
-            _Row("blk.{}.ffn_up.weight", _LAYER + "mlp.up_proj.weight", "FD"),
-            _Row("blk.{}.ffn_down.weight", _LAYER + "mlp.down_proj.weight", "DF"),
-        ),
-    ),
-}
 
 # (GGUF key after the architecture's name, Hugging Face config key, type)
 _CONFIG_KEYS = (
@@ -80,7 +38,8 @@ class GGUFCheckpoint:
 
     Attributes:
         config: what the model's HF `config.json` would hold.
-        generation_config: the ids of the BOS, EOS and PAD tokens that the file names.
+        generation_config: the ids of the BOS, EOS and PAD tokens that the file names; where it names a token that
+            ends a turn, too, EOS is a list of both.
 
     Raises:
         ConfigError: `gguf` is not installed; the file cannot be read, is damaged or contradicts itself; its
@@ -90,13 +49,12 @@ class GGUFCheckpoint:
     def __init__(self, path: str | os.PathLike):
         self._metadata, tensors = open_gguf(path)
         name = self._metadata.get("general.architecture", str)
-        if name not in _ARCHITECTURES:
-            known = ", ".join(_ARCHITECTURES)
-            raise self._metadata.error(f"architecture {name!r} is not supported (supported: {known}); {HF_FOLDER}")
-        architecture = _ARCHITECTURES[name]
+        if name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise self._metadata.error(f"architecture {name[:40]!r} is not supported (supported: {known}); {HF_FOLDER}")
+        architecture = ARCHITECTURES[name]
         self.config = _config(self._metadata, name, architecture, tensors)
-        ids = {key: self.config[key] for key, _ in _TOKEN_IDS}
-        self.generation_config = {key: value for key, value in ids.items() if value is not None}
+        self.generation_config = _generation_config(self._metadata, self.config)
         self._tensors = _match(self._metadata, self.config, architecture, tensors)
 
     def names(self) -> frozenset[str]:
@@ -115,6 +73,9 @@ class GGUFCheckpoint:
             # llama.cpp stores a head's rows as: first of half 1, first of half 2, second of half 1, ...
             split = weights.reshape(self.config[row.heads], -1, 2, weights.shape[-1])
             weights = split.swapaxes(1, 2).reshape(weights.shape)
+        if row.offset:
+            with np.errstate(invalid="ignore"):  # whatever is not a number in the file stays so
+                weights = weights - np.float32(row.offset)
         return np.require(weights, np.float32, ["C", "W", "E"])
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
@@ -128,13 +89,14 @@ class GGUFCheckpoint:
         return build_tokenizer(self._metadata, self.config["vocab_size"], self.config["max_position_embeddings"])
 
 
-def _config(
-    metadata: Metadata, name: str, architecture: _Architecture, tensors: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _config(metadata: Metadata, name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the HF config of the file."""
     config = {"architectures": [architecture.hf_class], **architecture.config}
     for suffix, key, kind in _CONFIG_KEYS:
         config[key] = metadata.positive(f"{name}.{suffix}", kind)
+    if config["num_hidden_layers"] > len(tensors):
+        announced = f"{config['num_hidden_layers']} layers are announced"
+        raise metadata.error(f"{announced} but only {len(tensors)} tensors are there; {CONVERT}")
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = metadata.positive(f"{name}.attention.head_count_kv", int, heads)
     if heads % config["num_key_value_heads"]:
@@ -142,24 +104,35 @@ def _config(
         raise metadata.error(f"{groups}; {CONVERT}")
     config["head_dim"] = _head_dim(metadata, name, config["hidden_size"] // heads)
     config["rope_theta"] = metadata.positive(f"{name}.rope.freq_base", float, 10000.0)
-    scaling = _rope_scaling(metadata, name, config, tensors.get(_ROPE_FACTORS))
+    factors = tensors.get(_ROPE_FACTORS) if architecture.rope_factors else None
+    scaling = _rope_scaling(metadata, name, config, factors)
     if scaling is not None:
         config["rope_scaling"] = scaling
     config["tie_word_embeddings"] = "output.weight" not in tensors
     config["vocab_size"] = _vocab_size(metadata, name, tensors)
     for key, token in _TOKEN_IDS:
         config[key] = metadata.token_id(token, config["vocab_size"])
+    config |= architecture.read(metadata, config)
     unknown = set(metadata.unread(f"{name}.")) - {f"{name}.{suffix}" for suffix in _IGNORED}
     if unknown:
-        raise metadata.error(f"{min(unknown)} may change the model's maths and is not supported; {HF_FOLDER}")
+        raise metadata.error(f"{min(unknown)[:80]} may change the model's maths and is not supported; {HF_FOLDER}")
     return config
+
+
+def _generation_config(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ids of the file's BOS, EOS and PAD tokens; models that chat end a turn with a token of its own."""
+    ids = {key: config[key] for key, _ in _TOKEN_IDS}
+    turn, eos = metadata.token_id("eot", config["vocab_size"]), ids["eos_token_id"]
+    if turn is not None and turn != eos:
+        ids["eos_token_id"] = turn if eos is None else [eos, turn]
+    return {key: value for key, value in ids.items() if value is not None}
 
 
 def _head_dim(metadata: Metadata, name: str, default: int) -> int:
     """Return the dimension of a head, which the keys, the values and the rotary embedding must share."""
-    rotary = metadata.positive(f"{name}.rope.dimension_count", int, default)
-    head_dim = metadata.positive(f"{name}.attention.key_length", int, rotary)
-    value_dim = metadata.positive(f"{name}.attention.value_length", int, head_dim)
+    head_dim = metadata.positive(f"{name}.attention.key_length", int, default)
+    value_dim = metadata.positive(f"{name}.attention.value_length", int, default)
+    rotary = metadata.positive(f"{name}.rope.dimension_count", int, head_dim)
     if not rotary == head_dim == value_dim or head_dim < 2 or head_dim % 2:
         dims = f"keys {head_dim}, values {value_dim}, rotary {rotary}"
         raise metadata.error(f"head dimensions must be equal and even ({dims}); {HF_FOLDER}")
@@ -190,7 +163,7 @@ def _rope_scaling(
         metadata.get(f"{key}factor", float, None)  # means nothing without a type
         return None if factors is None else _llama3_scaling(metadata, config, factors)
     if kind not in ("linear", "yarn") or factors is not None:
-        raise metadata.error(f"{key}type {kind!r} is not supported; {HF_FOLDER}")
+        raise metadata.error(f"{key}type {kind[:40]!r} is not supported; {HF_FOLDER}")
     scaling = {"rope_type": kind, "factor": metadata.positive(f"{key}factor", float)}
     if kind == "yarn":
         original = metadata.positive(f"{key}original_context_length", int)
@@ -227,16 +200,11 @@ def _llama3_scaling(metadata: Metadata, config: Mapping[str, Any], tensor: Tenso
 
 
 def _match(
-    metadata: Metadata, config: Mapping[str, Any], architecture: _Architecture, tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[_Row, Tensor]]:
+    metadata: Metadata, config: Mapping[str, Any], architecture: Architecture, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[Row, Tensor]]:
     """Return each HF name's row and tensor, having checked that names and shapes are the architecture's."""
-    sizes = {"D": config["hidden_size"], "F": config["intermediate_size"], "V": config["vocab_size"]}
-    sizes["Q"] = config["num_attention_heads"] * config["head_dim"]
-    sizes["K"] = config["num_key_value_heads"] * config["head_dim"]
-    layers = config["num_hidden_layers"]
-    if layers > len(tensors):
-        raise metadata.error(f"{layers} layers are announced but only {len(tensors)} tensors are there; {CONVERT}")
-    matched, unused = {}, set(tensors) - {_ROPE_FACTORS}
+    dims, layers = sizes(config), config["num_hidden_layers"]
+    matched, unused = {}, set(tensors) - ({_ROPE_FACTORS} if architecture.rope_factors else set())
     for row in architecture.rows:
         for layer in range(layers if "{}" in row.gguf else 1):
             name = row.gguf.format(layer)
@@ -244,11 +212,11 @@ def _match(
                 if row.optional:
                     continue
                 raise metadata.error(f"tensor {name} is missing; {CONVERT}")
-            found, wanted = tensors[name].shape, tuple(sizes[letter] for letter in row.shape)
+            found, wanted = tensors[name].shape, tuple(dims[letter] for letter in row.shape)
             if found != wanted:
                 raise metadata.error(f"tensor {name} has shape {found}, its metadata says {wanted}; {CONVERT}")
             unused.remove(name)
             matched[row.hf.format(layer)] = (row, tensors[name])
     if unused:
-        raise metadata.error(f"tensor {min(unused)} has no place in a {config['model_type']} model; {HF_FOLDER}")
+        raise metadata.error(f"tensor {min(unused)[:80]} has no place in a {config['model_type']} model; {HF_FOLDER}")
     return matched

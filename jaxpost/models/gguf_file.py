@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpost.errors import ConfigError
+from jaxpost.errors import ConfigError, one_line
 
 HF_FOLDER = "pass the model's original Hugging Face folder instead"
 CONVERT = "convert the model again with a current llama.cpp"
@@ -118,8 +118,8 @@ def open_gguf(path: str | os.PathLike) -> tuple[Metadata, dict[str, Tensor]]:
             header = _Header(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         values, tensors = header.parse()
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{path}: not a readable GGUF file ({reason}); download or convert it again") from error
+        reason = f"not a readable GGUF file ({one_line(error)})"
+        raise ConfigError(f"{path}: {reason}; download or convert it again") from error
     metadata = Metadata(path, values)
     if metadata.get("split.count", int, 1) > 1:
         raise metadata.error("the file is one part of several; join them first with llama-gguf-split --merge")
@@ -143,7 +143,7 @@ def _check_quantisation(metadata: Metadata, tensors: Iterable[Tensor]) -> None:
         try:
             quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError as error:
-            reason = f"tensor {name} has quantisation type {kind.name}, which the gguf package cannot dequantise"
+            reason = f"tensor {name[:80]} has quantisation type {kind.name}, which the gguf package cannot dequantise"
             raise metadata.error(f"{reason}; convert the model to F16 or Q8_0") from error
 
 
@@ -175,15 +175,23 @@ class _Header:
             if key in values:
                 raise ValueError(f"its metadata holds {key[:80]} twice")
             values[key] = self.value()
-        entries = [self.tensor_entry() for _ in range(num_tensors)]
-        alignment = values.get("general.alignment", 32)
+        return values, self.tensors(num_tensors, values.get("general.alignment", 32))
+
+    def tensors(self, count: int, alignment: Any) -> dict[str, Tensor]:
+        """Return the tensors by name; the cursor stands before the first one's entry."""
+        entries = [self.tensor_entry() for _ in range(count)]
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise ValueError("its general.alignment is not a power of two")
         start = -(-self.at // alignment) * alignment
         tensors = {name: self.tensor(name, shape, kind, start + offset) for name, shape, kind, offset in entries}
-        if len(tensors) != num_tensors:
+        if len(tensors) != count:
             raise ValueError("two of its tensors have the same name")
-        return values, tensors
+        end = 0
+        for offset, name in sorted((offset, name) for name, _, _, offset in entries):
+            if offset < end:  # else a small file could announce a model of any size
+                raise ValueError(f"tensor {name[:80]} overlaps another")
+            end = offset + tensors[name].data.nbytes
+        return tensors
 
     def take(self, size: int) -> int:
         """Return the position and move `size` bytes on."""
@@ -226,6 +234,8 @@ class _Header:
         if not 1 <= num_dims <= _MAX_DIMS:
             raise ValueError(f"tensor {name[:80]} announces {num_dims} dimensions")
         *dims, kind, offset = self.unpack(f"<{num_dims}QIQ")
+        if not all(dims):
+            raise ValueError(f"tensor {name[:80]} announces a dimension of 0")
         return name, tuple(reversed(dims)), kind, offset
 
     def tensor(self, name: str, shape: tuple[int, ...], kind: int, begin: int) -> Tensor:

@@ -68,7 +68,7 @@ def build_tokenizer(metadata: Metadata, vocab_size: int, max_length: int) -> "Pr
     elif model == "llama":
         backend, add_bos = _sentencepiece(metadata, vocab), True
     else:
-        raise metadata.error(f"{_MODEL} {model!r} is not supported (supported: gpt2, llama); {HF_FOLDER}")
+        raise metadata.error(f"{_MODEL} {model[:40]!r} is not supported (supported: gpt2, llama); {HF_FOLDER}")
     marked = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if token]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in marked if k == _CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False) for t, k in marked if k == _USER_DEFINED])
@@ -96,7 +96,7 @@ def _byte_level(metadata: Metadata, vocab: dict[str, int]) -> tuple["Tokenizer",
     name = metadata.get(_PRE, str)
     if name not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
-        raise metadata.error(f"{_PRE} {name!r} is not supported (supported: {known}); {HF_FOLDER}")
+        raise metadata.error(f"{_PRE} {name[:40]!r} is not supported (supported: {known}); {HF_FOLDER}")
     pre = _PRE_TOKENIZERS[name]
     merges = _pairs(metadata, vocab, metadata.array(_MERGES, str))
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges))

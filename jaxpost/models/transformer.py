@@ -4,7 +4,7 @@
 cache. What differs from layer to layer is data: the window, and which of the rotary embeddings.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -241,7 +241,7 @@ class Decoder(nnx.Module):
         real = segments.reshape(-1) > 0
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(h: Array, layer: tuple[nnx.State, Layer]) -> tuple[Array, tuple]:
+        def body(h: Array, layer: tuple[Any, Layer]) -> tuple[Array, tuple]:
             block = nnx.merge(graphdef, layer[0])
             kind = 0 if layer[1].rotary is None else layer[1].rotary
             projected = block.project(h, angles.cos[kind], angles.sin[kind])

@@ -1,26 +1,22 @@
 """Where a model's files are, and a Hugging Face folder seen as named tensors.
 
 Weights are read as views into memory-mapped files, so a slice costs only its own bytes. Only safetensors and GGUF are
-ever opened: a pickle can run code.
+ever opened: a pickle can run code. A folder may come from anyone: its files are checked before they are believed.
 """
 
-import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import ml_dtypes
 import numpy as np
 
 from jaxpost.errors import ConfigError, one_line
+from jaxpost.models.safetensors_file import MAX_JSON_BYTES, map_safetensors, parse_object
 
-DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-}
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+FILES = ["*.safetensors", *TOKENIZER_FILES]
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"]
 
 
 @runtime_checkable
@@ -45,14 +41,19 @@ def open_checkpoint(name_or_path: str | os.PathLike[str], revision: str | None =
     Raises:
         ConfigError: nothing there, or the files are not ones that jaxpost reads.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.suffix == ".gguf":
         from jaxpost.models.gguf import GGUFCheckpoint
 
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ConfigError(f"model file {path} does not exist")
         return GGUFCheckpoint(path)
-    return FolderCheckpoint(path if path.is_dir() else download(str(name_or_path), revision))
+    folder = FolderCheckpoint(path if os.path.isdir(path) else download(str(name_or_path), revision))
+    if "text_config" not in folder.config:
+        return folder
+    from jaxpost.models.text_part import TextPart
+
+    return TextPart(folder, str(name_or_path))
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
@@ -77,37 +78,60 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
+def folder_file(folder: Path, name: str) -> Path | None:
+    """The file of this name in a model folder, or None where there is none.
+
+    A link must lead to a file of the same folder, so that nobody's folder takes in the user's other files. In the
+    hub's cache it may lead to a blob of the same repository or to one that the cache's repositories share.
 
     Raises:
-        ConfigError: unreadable, not JSON, or not an object.
+        ConfigError: a folder, a pipe or a device has this name, or a link that leads elsewhere or nowhere.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path}: not a readable file, but a folder, a device or a link to nothing")
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        repository = home.parent.parent
+        allowed += [repository / "blobs", repository.parent / "blobs"]
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ConfigError(f"{path}: a link to {target}, outside of the model's folder; put the file itself there")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a file that holds one JSON object; NaN and Infinity are floats.
+
+    Raises:
+        ConfigError: unreadable, too large, not JSON, not an object, or with a key twice.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        size = os.path.getsize(path)
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {size} bytes; at most {MAX_JSON_BYTES} are read")
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable JSON ({one_line(error)})") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 class FolderCheckpoint:
-    """A Hugging Face model folder: config.json, safetensors (one file or an index), tokenizer."""
+    """A Hugging Face model folder: config.json, safetensors (one file or an index), tokenizer.
+
+    Raises:
+        ConfigError: a file is missing, damaged, of a kind that is never opened, or contradicts another one.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        if not (folder / "config.json").is_file():
+        config, generation = folder_file(folder, "config.json"), folder_file(folder, "generation_config.json")
+        if config is None:
             raise ConfigError(f"{folder}: no config.json; a model folder holds config.json and *.safetensors")
-        self.config = read_json(folder / "config.json")
-        generation = folder / "generation_config.json"
-        self.generation_config = read_json(generation) if generation.is_file() else {}
-        self._tensors: dict[str, np.ndarray] = {}
-        for file in self._weight_files():
-            for name, tensor in map_safetensors(file).items():
-                if name in self._tensors:
-                    raise ConfigError(f"{file}: tensor {name} is in another file of this folder too")
-                self._tensors[name] = tensor
+        self.config = read_json(config)
+        self.generation_config = {} if generation is None else read_json(generation)
+        self._tensors = _map_weights(folder)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
@@ -121,55 +145,51 @@ class FolderCheckpoint:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder)
 
-    def _weight_files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if not index.is_file():
-            single = self.folder / "model.safetensors"
-            if single.is_file():
-                return [single]
-            pickles = [*self.folder.glob("*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth")]
-            if pickles:
-                raise ConfigError(
-                    f"{pickles[0]}: pickled weights can run code and are never opened; "
-                    "convert them with transformers' save_pretrained (safetensors)"
-                )
-            raise ConfigError(f"{self.folder}: no model.safetensors and no model.safetensors.index.json")
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ConfigError(f"{index}: weight_map must map tensor names to file names")
-        files = sorted(set(weight_map.values()))
-        for file in files:
-            if Path(file).name != file or not (self.folder / file).is_file():
-                raise ConfigError(f"{index}: {file!r} is not a file of this folder")
-        return [self.folder / file for file in files]
+
+def _map_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Views into the folder's safetensors files, by name."""
+    index = folder_file(folder, "model.safetensors.index.json")
+    if index is not None:
+        return _map_shards(index)
+    single = folder_file(folder, "model.safetensors")
+    if single is not None:
+        return map_safetensors(single)
+    pickles = sorted(path for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ConfigError(
+            f"{pickles[0]}: pickled weights can run code and are never opened; "
+            "convert them with transformers' save_pretrained (safetensors)"
+        )
+    raise ConfigError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
-def map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Views into a memory-mapped safetensors file, by name.
-
-    Raises:
-        ConfigError: not a valid safetensors file, or a dtype that jaxpost does not load.
-    """
-    import safetensors
-
-    try:
-        # The library's own parser checks the header, the sizes and that tensors tile the file exactly.
-        with safetensors.safe_open(path, framework="numpy"):
-            pass
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: not a valid safetensors file ({one_line(error)})") from error
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes())
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise ConfigError(f"{path}: {name} is stored as {entry['dtype']}; supported: {', '.join(DTYPES)}")
-        begin, end = entry["data_offsets"]
-        tensors[name] = data[start + begin : start + end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+def _map_shards(index: Path) -> dict[str, np.ndarray]:
+    """Views into the files that an index lists, each of which must hold exactly what is listed for it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ConfigError(f"{index}: weight_map must map tensor names to file names")
+    listed: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        listed.setdefault(file, set()).add(name)
+    tensors: dict[str, np.ndarray] = {}
+    for file, names in sorted(listed.items()):
+        plain = file == Path(file).name and file.endswith(".safetensors")
+        path = folder_file(index.parent, file) if plain else None
+        if path is None:
+            raise ConfigError(f"{index}: {file[:80]!r} is not a file of this folder that ends in .safetensors")
+        held = map_safetensors(path)
+        if names - held.keys():
+            raise ConfigError(f"{index}: {file} should hold {_few(names - held.keys())}, which it does not")
+        if held.keys() - names:
+            raise ConfigError(f"{path}: holds {_few(held.keys() - names)}, which {index.name} does not list there")
+        tensors |= held
     return tensors
+
+
+def _few(names: Iterable[str]) -> str:
+    """The first of these names, in one short line."""
+    first, *others = sorted(names)
+    return f"tensor {first[:80]!r}{f' and {len(others)} more' if others else ''}"
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -180,8 +200,17 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """
     from transformers import AutoTokenizer
 
+    folder = Path(folder)
+    for pattern in [*TOKENIZER_FILES, "additional_chat_templates/*.jinja"]:
+        for path in folder.glob(pattern):
+            folder_file(folder, os.fspath(path.relative_to(folder)))
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parsers raise
-        raise ConfigError(f"{folder}: the tokenizer cannot be read ({one_line(error)})") from error
+        tokenizer("")  # some damage shows only here, such as a maximal length that is a text
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # transformers raises whatever its parsers raise; a panic in Rust is no Exception
+        raise ConfigError(
+            f"{folder}: the tokenizer cannot be read with transformers' own code ({one_line(error)})"
+        ) from error
     return tokenizer

@@ -67,7 +67,7 @@ class ConfigReader:
         if value is None:
             return None
         if not _fits(value, kind):
-            raise self.error(f"config.json has {name} = {str(value)[:80]!r}, expected {kind.__name__}")
+            raise self.error(f"config.json has {name} = {value!r:.80}, expected {kind.__name__}")
         return value
 
     def take(self, name: str, kind: type[T]) -> T:
@@ -108,7 +108,7 @@ class ConfigReader:
         self.taken.add(name)
         value = self.fields.get(name)
         if value is not None and value not in values:
-            raise self.error(f"config.json has {name} = {str(value)[:80]!r}, which is not supported")
+            raise self.error(f"config.json has {name} = {value!r:.80}, which is not supported")
 
     def ignore(self, *names: str) -> None:
         """Fields that transformers does not use for this family either."""
@@ -118,7 +118,7 @@ class ConfigReader:
         """Refuse a field that nothing read: it may change the mathematics."""
         unread = sorted(set(self.given) - self.taken - IRRELEVANT)
         if unread:
-            listed = ", ".join(f"{name[:40]} = {str(self.given[name])[:40]}" for name in unread[:5])
+            listed = ", ".join(f"{name:.40} = {self.given[name]!r:.40}" for name in unread[:5])
             raise self.error(
                 f"config.json has {listed}, which jaxpost does not know for this family; "
                 "remove it if it does not change the model"

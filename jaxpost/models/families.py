@@ -226,7 +226,7 @@ def read_config(config: dict[str, Any], source: str) -> ModelConfig:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(
-            f"{source}: model_type {str(kind)[:80]!r} is not supported{nearest(str(kind), FAMILIES)}; "
+            f"{source}: model_type {kind!r:.80} is not supported{nearest(str(kind), FAMILIES)}; "
             f"known: {', '.join(FAMILIES)}"
         )
     reader = ConfigReader(config, source, {**LLAMA, **FAMILIES[kind].defaults})

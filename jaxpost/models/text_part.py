@@ -36,9 +36,11 @@ class TextPart:
     def __init__(self, whole: Checkpoint, source: str):
         text = whole.config.get("text_config")
         if not isinstance(text, dict):
-            raise ConfigError(
-                f"{source}: config.json has no text_config; a {whole.config['model_type']} model needs one"
-            )
+            raise ConfigError(f"{source}: text_config in config.json must be an object")
+        kind = whole.config.get("model_type")
+        if kind not in MULTIMODAL:
+            known = ", ".join(MULTIMODAL)
+            raise ConfigError(f"{source}: model_type {kind!r:.80} is not supported; with a text part: {known}")
         unknown = sorted(set(whole.config) - KNOWN - IRRELEVANT)
         if unknown:
             raise ConfigError(f"{source}: config.json has {', '.join(unknown[:5])}, which jaxpost does not know")
@@ -47,8 +49,11 @@ class TextPart:
         self.generation_config = whole.generation_config
         self.tokenizer = whole.tokenizer
         self._whole = whole
-        self._names = {_renamed(name): name for name in whole.names() if not name.startswith(LEFT_OUT)}
-        _log.info("%s: %d tensors of its vision part are left out", source, len(whole.names()) - len(self._names))
+        kept = sorted(name for name in whole.names() if not name.startswith(LEFT_OUT))
+        self._names = {_renamed(name): name for name in kept}
+        if len(self._names) < len(kept):
+            raise ConfigError(f"{source}: the same tensor of the text part is there under two names")
+        _log.info("%s: %d tensors of its vision part are left out", source, len(whole.names()) - len(kept))
 
     def names(self) -> frozenset[str]:
         return frozenset(self._names)

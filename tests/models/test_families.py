@@ -96,7 +96,7 @@ def make_config(kind, head):
         ("gemma2", {"layer_types": ["full_attention"] * 2}, "must name 3 layers"),
         ("gemma2", {"layer_types": ["full_attention"] * 2 + ["chunked"]}, "each full_attention or sliding_attention"),
         ("gemma2", {"sliding_window": None, "layer_types": ["sliding_attention"] * 3}, "no sliding_window"),
-        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = 'True', which is not"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True, which is not"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "settings of full_attention and"),
         ("gemma3_text", {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),

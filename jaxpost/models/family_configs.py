@@ -164,14 +164,15 @@ def _gemma(reader: ConfigReader, **switches: Any) -> ModelConfig:
     """Gemma 1; what it shares with its successors: zero-centred norms, scaled embeddings."""
     reader.fixed("use_bidirectional_attention", False)
     config = _decoder(reader, biases=_attention_biases(reader), norm_offset=1.0, **switches)
-    # Its first releases say gelu and mean the tanh approximation.
-    gelu = "gelu_pytorch_tanh" if config.activation == "gelu" else config.activation
-    return dataclasses.replace(config, activation=gelu, embed_scale=config.embed_dim**0.5)
+    return dataclasses.replace(config, embed_scale=config.embed_dim**0.5)
 
 
 def read_gemma1(reader: ConfigReader) -> ModelConfig:
     newer = reader.optional("hidden_activation", str)
-    return _gemma(reader, activation="hidden_activation" if newer else "hidden_act")
+    config = _gemma(reader, activation="hidden_activation" if newer else "hidden_act")
+    # Its first releases say gelu and mean the tanh approximation.
+    gelu = "gelu_pytorch_tanh" if config.activation == "gelu" else config.activation
+    return dataclasses.replace(config, activation=gelu)
 
 
 def read_gemma2(reader: ConfigReader) -> ModelConfig:

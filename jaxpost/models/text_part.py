@@ -17,7 +17,7 @@ RENAMED = {
     "model.language_model.": "model.",
 }
 LEFT_OUT = tuple(f"{model}{part}." for model in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
-SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 KNOWN = {
     *("text_config", "vision_config", "tie_word_embeddings", "mm_tokens_per_image"),
     *("boi_token_index", "eoi_token_index", "image_token_index"),
@@ -44,8 +44,9 @@ class TextPart:
         unknown = sorted(set(whole.config) - KNOWN - IRRELEVANT)
         if unknown:
             raise ConfigError(f"{source}: config.json has {', '.join(unknown[:5])}, which jaxpost does not know")
-        shared = {name: value for name, value in whole.config.items() if name in SHARED}
-        self.config: dict[str, Any] = {**shared, **text}
+        tokens = {name: value for name, value in whole.config.items() if name in TOKENS}
+        tied = whole.config.get("tie_word_embeddings", True)  # transformers does not look at the text part's own field
+        self.config: dict[str, Any] = {**tokens, **text, "tie_word_embeddings": tied}
         self.generation_config = whole.generation_config
         self.tokenizer = whole.tokenizer
         self._whole = whole

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxpost.methods import SFTConfig
-    from jaxpost.models.hf import from_pretrained, save_pretrained
+    from jaxpost.models.export import save_pretrained
+    from jaxpost.models.hf import from_pretrained
     from jaxpost.trainer import SFTTrainer
 
 # Public name -> module; imported on first use, so that `import jaxpost` costs nothing.
 _PUBLIC = {
     "from_pretrained": "jaxpost.models.hf",
-    "save_pretrained": "jaxpost.models.hf",
+    "save_pretrained": "jaxpost.models.export",
     "SFTConfig": "jaxpost.methods",
     "SFTTrainer": "jaxpost.trainer",
 }

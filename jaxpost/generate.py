@@ -4,13 +4,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxpost.data.chat import encode_prompt
 from jaxpost.data.formats import load_rows
+from jaxpost.data.tokenizer import eos_ids
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.models.checkpoint import open_checkpoint
 from jaxpost.models.config import Compute
+from jaxpost.models.families import read_config
 from jaxpost.models.hf import load
 from jaxpost.options import option
 from jaxpost.rl.generate import generate
@@ -45,7 +46,8 @@ def run_generate(config: GenerateConfig) -> None:
         raise DataError(f"{config.dataset_name}: no column 'prompt'; columns: {', '.join(rows.column_names)}")
     checkpoint = open_checkpoint(str(config.model_name_or_path))
     tokenizer = checkpoint.tokenizer()
-    vocab_size = int(checkpoint.config["vocab_size"])
+    vocab_size = read_config(checkpoint.config, str(config.model_name_or_path)).vocab_size
+    ends = eos_ids(tokenizer, checkpoint.generation_config, checkpoint.config, vocab_size)
     prompts = [
         encode_prompt(prompt, tokenizer, vocab_size=vocab_size, name=str(config.dataset_name), row=row)
         for row, prompt in enumerate(rows["prompt"])
@@ -55,7 +57,7 @@ def run_generate(config: GenerateConfig) -> None:
         model,
         prompts,
         max_new_tokens=config.max_new_tokens,
-        eos_ids=eos_ids(checkpoint.generation_config, tokenizer),
+        eos_ids=ends,
         temperature=config.temperature,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -80,10 +82,3 @@ def run_generate(config: GenerateConfig) -> None:
     partial = target.with_name(f".{target.name}.writing")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(partial, target)
-
-
-def eos_ids(generation_config: dict[str, Any], tokenizer: Any) -> list[int]:
-    """Every id that ends a completion: those of the generation config and the tokenizer's own."""
-    listed = generation_config.get("eos_token_id")
-    ids = listed if isinstance(listed, list) else [listed]
-    return sorted({id for id in [*ids, tokenizer.eos_token_id] if id is not None})

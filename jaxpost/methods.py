@@ -1,13 +1,18 @@
 """The methods: what each is configured by, which objective it trains and how its rows are encoded."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxpost.data.chat import Example, SFTDataConfig, encode_rows
-from jaxpost.data.formats import DatasetConfig
 from jaxpost.data.loader import LoaderConfig
+from jaxpost.data.packing import PackingConfig, pack_examples
+from jaxpost.data.sources import DatasetConfig
+from jaxpost.data.tokenizer import TokenizerConfig
+from jaxpost.errors import ConfigError
+from jaxpost.models.config import ModelConfig
 from jaxpost.models.hf import ModelArguments
 from jaxpost.objectives.base import Objective
 from jaxpost.objectives.sft import SFT
@@ -24,6 +29,7 @@ from jaxpost.train.optim import OptimConfig
 class TrainConfig(
     ModelArguments,
     DatasetConfig,
+    TokenizerConfig,
     LoaderConfig,
     OptimConfig,
     LoopConfig,
@@ -41,10 +47,41 @@ class TrainConfig(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainConfig, SFTDataConfig, SFT):
+class SFTConfig(TrainConfig, SFTDataConfig, PackingConfig, SFT):
     """Supervised fine-tuning; names and defaults are TRL's."""
 
     learning_rate: float = option(2e-5, "Peak learning rate.")
+
+
+class Encoded(NamedTuple):
+    """A dataset as a run sees it.
+
+    Attributes:
+        packs: examples that stay together in a row.
+        full: packs fill rows; they do not share one.
+        notes: what became of the rows, for the user.
+    """
+
+    packs: Sequence[Sequence[Example]]
+    full: bool
+    notes: list[str]
+
+
+def encode_sft(
+    rows: Any, tokenizer: Any, config: "SFTConfig", *, vocab_size: int, name: str, training: bool
+) -> Encoded:
+    """Rows of text, messages or prompts with completions, packed if the config says so."""
+    packed = config.packs(training)
+    # The other strategies go on with what is beyond max_length.
+    limit = {"max_length": None} if packed and config.packing_strategy != "bfd" else {}
+    cut = dataclasses.replace(config, **limit)
+    examples, (kept, dropped, truncated) = encode_rows(rows, tokenizer, cut, vocab_size=vocab_size, name=name)
+    notes = [f"{name}: {kept} rows, {dropped} without a token to train dropped, {truncated} truncated"]
+    if not packed:
+        return Encoded([(example,) for example in examples], False, notes)
+    packs, full = pack_examples(examples, config.max_length, config.packing_strategy)
+    notes.append(f"{name}: packed into {len(packs)} rows of up to {config.max_length} tokens, {full:.1%} full")
+    return Encoded(packs, True, notes)
 
 
 class Method(NamedTuple):
@@ -53,12 +90,29 @@ class Method(NamedTuple):
     name: str
     config: type[Any]
     objective: Callable[[Any], Objective]
-    encode: Callable[..., tuple[list[Example], Any]]
+    encode: Callable[..., Encoded]
 
 
 METHODS: dict[str, Method] = {
-    "sft": Method("sft", SFTConfig, lambda config: part_of(config, SFT), encode_rows),
+    "sft": Method("sft", SFTConfig, lambda config: part_of(config, SFT), encode_sft),
 }
+
+
+def with_router_coef(config: Any, model: ModelConfig) -> Any:
+    """The config with `router_aux_loss_coef` as a number: by default the model's own, 0 where it has no experts.
+
+    Raises:
+        ConfigError: negative or not finite, or for a model without experts.
+    """
+    own, asked = model.experts.balance_coef if model.experts else 0.0, config.router_aux_loss_coef
+    if asked is None:
+        return dataclasses.replace(config, router_aux_loss_coef=own)
+    if not 0 <= asked < math.inf:
+        raise ConfigError(f"router_aux_loss_coef is {asked}; it must not be negative, and 0 is none")
+    if asked and model.experts is None:
+        kind = model.hf.get("model_type", "dense")
+        raise ConfigError(f"router_aux_loss_coef is {asked}, but a {kind} model has no experts; leave it out")
+    return config
 
 
 def changed_fields(config: Any) -> dict[str, Any]:

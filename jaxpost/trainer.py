@@ -1,11 +1,11 @@
 """The wiring page: mesh, tokenizer, data, model, state, step -> fit."""
 
 import json
-import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,16 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxpost.data.chat import Example, prepare_tokenizer
-from jaxpost.data.formats import load_rows
 from jaxpost.data.loader import Loader
+from jaxpost.data.tokenizer import embedding_rows, num_ids, prepare_tokenizer, special_ids
 from jaxpost.errors import ConfigError
-from jaxpost.methods import METHODS, Method, SFTConfig, changed_fields, config_yaml
+from jaxpost.methods import METHODS, Method, SFTConfig, changed_fields, config_yaml, with_router_coef
 from jaxpost.models.checkpoint import open_checkpoint
+from jaxpost.models.export import save_pretrained
 from jaxpost.models.families import read_config
-from jaxpost.models.hf import load, place, save_pretrained
+from jaxpost.models.hf import load, place
+from jaxpost.models.resize import resize_embeddings
 from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Batch
+from jaxpost.pipeline import Pipeline
 from jaxpost.sharding import batch_groups, make_mesh, put
 from jaxpost.train.checkpoint import Checkpoints
 from jaxpost.train.evaluate import evaluate, make_eval_step
@@ -35,8 +37,6 @@ from jaxpost.train.optim import make_optimizer, make_schedule
 from jaxpost.train.report import write_curves, write_model_card
 from jaxpost.train.state import TrainState, create_state, decay_mask, merge
 from jaxpost.train.step import Programs, make_annotate, make_step
-
-MORE_LENGTHS = 8  # what a run with much padding is advised to compile
 
 
 def SFTTrainer(
@@ -60,7 +60,7 @@ class Trainer:
         args: the method's config.
         train_dataset: rows (a `datasets.Dataset` or a list of dicts); by default `args.dataset_name`.
         eval_dataset: likewise, for evaluation.
-        processing_class: a transformers tokenizer; by default the model's.
+        processing_class: a transformers tokenizer; by default the model's. Tokens added to it grow the model.
 
     Raises:
         ConfigError, DataError: one line each, before anything is written.
@@ -83,7 +83,6 @@ class Trainer:
         if cache := self.args.compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
         self.mesh = make_mesh(self.args.mesh)
-        self.objective = method.objective(self.args)
         model = self.args.model_name_or_path if model is None else model
         if model is None:
             raise ConfigError("no model: give --model_name_or_path (a hub id, a local folder or a .gguf file)")
@@ -98,12 +97,30 @@ class Trainer:
             self.model_name, self.generation_config = str(model), checkpoint.generation_config
             config = read_config(checkpoint.config, self.model_name)
             tokenizer = processing_class or checkpoint.tokenizer()
-            build = partial(load, checkpoint, self.model_name, dtype=self.args.dtype, compute=compute, mesh=self.mesh)
+            build = partial(
+                load,
+                checkpoint,
+                self.model_name,
+                dtype=self.args.dtype,
+                compute=compute,
+                mesh=self.mesh,
+                allow_nonfinite=self.args.allow_nonfinite_weights,
+            )
         if tokenizer is None:
             raise ConfigError("no tokenizer: give processing_class along with a loaded model")
-        self.processing_class = prepare_tokenizer(tokenizer, self.args)
-        self.train_loader, self.eval_loader = self._loaders(train_dataset, eval_dataset, config.vocab_size)
-        self.model: Decoder = build()
+        self.args = with_router_coef(self.args, config)
+        self.objective = method.objective(self.args)
+        self.processing_class = tokenizer = prepare_tokenizer(tokenizer, self.args)
+        vocab_size = embedding_rows(tokenizer, config.vocab_size)
+        if vocab_size > config.vocab_size:
+            grown = f"from {config.vocab_size} to {vocab_size} rows for the tokenizer's {num_ids(tokenizer)} ids"
+            self.notes.append(f"the vocabulary grew {grown}; new rows are the mean of the old ones")
+        special = special_ids(tokenizer, self.generation_config, config.hf, vocab_size)
+        self.generation_config = {**self.generation_config, **special}
+        self.pipeline = Pipeline(method, self.args, tokenizer, vocab_size, batch_groups(self.mesh), self.notes)
+        self.train_loader, self.eval_loader = self.pipeline.loaders(train_dataset, eval_dataset)
+        self.model: Decoder = resize_embeddings(build(), vocab_size)
+        self.model.config = replace(self.model.config, hf={**self.model.config.hf, **special})
 
     def train(self) -> dict[str, float]:
         """Run to the end and write the model, its metrics, curves and card to `output_dir`.
@@ -118,7 +135,7 @@ class Trainer:
         optimizer = make_optimizer(args, schedule, decay_mask)
         with jax.set_mesh(self.mesh):
             graphdef, state = create_state(self.model, optimizer, nnx.Param, self.mesh)
-            checkpoints = Checkpoints(self.output_dir / "checkpoints", args)
+            checkpoints = Checkpoints(self.output_dir / "checkpoints", args, loader.fingerprint())
             state, facts = checkpoints.restore(state) or (state, {"num_tokens": 0})
             annotate = make_annotate(self.objective, graphdef)
             step = Programs(
@@ -154,9 +171,7 @@ class Trainer:
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Held-out metrics of the model as it is now, by names that begin with `eval_`."""
         if eval_dataset is not None:
-            self.eval_loader = self._eval_loader(
-                self._examples(eval_dataset, "eval_dataset", self.model.config.vocab_size)
-            )
+            self.eval_loader = self.pipeline.eval_loader(eval_dataset, "eval_dataset")
         if self.eval_loader is None:
             raise ConfigError("nothing to evaluate on: give eval_dataset, or --dataset_name with a test split")
         graphdef, params, frozen = nnx.split(self.model, nnx.Param, ...)
@@ -167,64 +182,6 @@ class Trainer:
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Write the model as it is now to a Hugging Face folder."""
         save_pretrained(self.model, self.processing_class, path, generation_config=self.generation_config)
-
-    def _examples(self, rows: Any, name: str, vocab_size: int) -> list[Example]:
-        examples, counts = self.method.encode(rows, self.processing_class, self.args, vocab_size=vocab_size, name=name)
-        kept, dropped, truncated = counts
-        self.notes.append(f"{name}: {kept} rows, {dropped} without a token to train dropped, {truncated} truncated")
-        return examples
-
-    def _loaders(self, train: Any, held_out: Any, vocab_size: int) -> tuple[Loader, Loader | None]:
-        args, groups = self.args, batch_groups(self.mesh)
-        name = args.dataset_name
-        if train is None:
-            if name is None:
-                raise ConfigError("no data: give --dataset_name (a file, a folder or a hub id)")
-            train = load_rows(name, args.dataset_train_split, args.dataset_config)
-            if held_out is None and args.evaluates:
-                held_out = load_rows(name, args.dataset_test_split, args.dataset_config)
-        if held_out is None and args.evaluates:
-            raise ConfigError("evaluation was asked for, but there is no eval_dataset")
-        examples = self._examples(train, f"{name or 'train_dataset'} ({args.dataset_train_split})", vocab_size)
-        micro_batches = args.gradient_accumulation_steps
-        size = args.per_device_train_batch_size * groups * micro_batches
-        loader = self._loader(
-            examples,
-            size,
-            num_rows=groups * micro_batches if args.padding_free else size,
-            num_steps=args.total_steps(math.ceil(len(examples) / size)),
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            sampling=args.train_sampling_strategy,
-        )
-        self.notes.append(padding_note(loader, args.length_buckets))
-        if held_out is None:
-            return loader, None
-        return loader, self._eval_loader(self._examples(held_out, f"{name or 'eval_dataset'} (evaluation)", vocab_size))
-
-    def _eval_loader(self, examples: list[Example]) -> Loader:
-        groups = batch_groups(self.mesh)
-        size = self.args.per_device_eval_batch_size * groups
-        return self._loader(
-            examples,
-            size,
-            num_rows=groups if self.args.padding_free else size,
-            num_steps=math.ceil(len(examples) / size),
-            seed=0,
-            sampling="sequential",
-        )
-
-    def _loader(self, examples: list[Example], size: int, **options: Any) -> Loader:
-        return Loader(
-            examples,
-            global_batch_size=size,
-            num_lengths=self.args.length_buckets,
-            # A tile of the attention kernel, unless the rows are shorter than that.
-            multiple=self.args.pad_to_multiple_of or (64 if jax.default_backend() == "cpu" else 128),
-            pad_id=0,  # any id will do: masks come from lengths
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            **options,
-        )
 
     def _evaluation(self, graphdef: Any, loader: Loader) -> Callable[[TrainState], dict[str, float]]:
         step = make_eval_step(self.objective, graphdef)
@@ -272,13 +229,6 @@ class Trainer:
             command=shlex.join(["jaxpost", *sys.argv[1:]]),
         )
         return metrics
-
-
-def padding_note(loader: Loader, num_lengths: int) -> str:
-    """The row lengths and their padding, and what would lessen it where that is worth a few compilations."""
-    share, better = loader.padding(num_lengths), loader.padding(MORE_LENGTHS)
-    note = f"rows of {', '.join(map(str, loader.lengths))} tokens, {share:.0%} of them padding"
-    return note if share - better < 0.1 else f"{note} ({better:.0%} with --length_buckets {MORE_LENGTHS})"
 
 
 def offline(batches: Iterator[dict[str, np.ndarray]], mesh: jax.sharding.Mesh) -> Callable[[TrainState], Batch]:

@@ -11,9 +11,10 @@ FLOOR = {
     **dict.fromkeys(["objectives", "rl"], 3),
     "train": 4,
     "methods": 5,
-    **dict.fromkeys(["trainer", "plan", "generate"], 6),
-    "cli": 7,
-    **dict.fromkeys(["__main__", "__init__"], 8),
+    "pipeline": 6,
+    **dict.fromkeys(["trainer", "plan", "generate"], 7),
+    "cli": 8,
+    **dict.fromkeys(["__main__", "__init__"], 9),
 }
 PACKAGE = Path(__file__).parent.parent / "jaxpost"
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -5,12 +5,12 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxpost.data.formats import Block, blocks, detect_type, is_conversational, language_modeling_column
+from jaxpost.data.tokenizer import default_template
 from jaxpost.errors import ConfigError, DataError, one_line
 from jaxpost.options import one_of, option
 
@@ -57,9 +57,6 @@ class SFTDataConfig:
     truncation_mode: str = option("keep_start", "which end of a row over max_length to keep: keep_start, keep_end")
     completion_only_loss: bool | None = option(None, "train on the completion only; null: where rows have a completion")
     assistant_only_loss: bool = option(False, "train on assistant turns only ({% generation %} in the chat template)")
-    eos_token: str | None = option(None, "end-of-sequence token to use in place of the tokenizer's")
-    pad_token: str | None = option(None, "padding token to use in place of the tokenizer's")
-    chat_template_path: str | None = option(None, "a .jinja file, or a model whose chat template to use")
 
     def __post_init__(self) -> None:
         one_of("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
@@ -76,24 +73,6 @@ class _Rule(NamedTuple):
     config: SFTDataConfig
     tokenizer: "Tokenizer"
     vocab_size: int
-
-
-def prepare_tokenizer(tokenizer: "Tokenizer", config: SFTDataConfig) -> "Tokenizer":
-    """Set the tokenizer's chat template, EOS and pad token, in place, as the config says; without a pad token EOS pads.
-
-    Raises:
-        ConfigError: a token is not in the vocabulary, or there is neither a pad nor an EOS token, or no such template.
-    """
-    if config.chat_template_path is not None:
-        _set_template(tokenizer, config.chat_template_path)
-    for flag, token in (("eos_token", config.eos_token), ("pad_token", config.pad_token)):
-        if token is not None and token not in tokenizer.get_vocab():
-            raise ConfigError(f"{flag} {token!r} is not in the tokenizer's vocabulary; name a token that is")
-    tokenizer.eos_token = config.eos_token or tokenizer.eos_token
-    tokenizer.pad_token = config.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ConfigError("the tokenizer has neither a pad nor an EOS token; name one with --pad_token or --eos_token")
-    return tokenizer
 
 
 def encode_rows(
@@ -268,29 +247,11 @@ def _render(
 
 
 def _template(tokenizer: "Tokenizer") -> str:
-    """The tokenizer's (default) chat template."""
-    template = named.get("default") if isinstance(named := tokenizer.chat_template, dict) else named
-    if not template:
+    """The tokenizer's chat template, which conversations cannot do without."""
+    template = default_template(tokenizer)
+    if template is None:
         raise ConfigError(f"the tokenizer has no chat template, and the rows hold messages; {TEMPLATE_REMEDY}")
     return template
-
-
-def _set_template(tokenizer: "Tokenizer", source: str) -> None:
-    """Take the template from a file, or template and EOS token from another model's tokenizer."""
-    if Path(source).is_file():
-        tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
-        return
-    from transformers import AutoTokenizer
-
-    try:
-        other = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"chat_template_path {source!r} is neither a file nor a model: {one_line(error)}") from error
-    template = _template(other)
-    needed = {*(token for token in other.get_added_vocab() if token in template), other.eos_token} - {None}
-    if missing := sorted(needed - set(tokenizer.get_vocab())):
-        raise ConfigError(f"the chat template of {source!r} needs tokens that this tokenizer lacks: {missing}")
-    tokenizer.chat_template, tokenizer.eos_token = template, other.eos_token or tokenizer.eos_token
 
 
 def _check_ids(ids: np.ndarray, tokenizer: "Tokenizer", vocab_size: int, what: str) -> None:

@@ -1,6 +1,7 @@
-"""Examples to padded batches: a global order that is a function of the seed alone, one slice for each process."""
+"""Packs of examples to padded batches: a global order that the seed alone decides, one slice for each process."""
 
 import functools
+import hashlib
 import heapq
 import math
 from collections.abc import Iterator, Sequence
@@ -48,15 +49,16 @@ class LoaderConfig:
 
 
 class Loader:
-    """Batches of examples in an order that depends on the seed and the epoch only, not on the number of processes.
+    """Batches of packs in an order that depends on the seed and the epoch only, not on the number of processes.
 
-    Every epoch has each example once, in a fresh order; its last batch is smaller. The examples of a batch are spread
-    over `num_rows` rows, so that the longest row is short; with as many rows as examples each has its own. All batches
-    have `num_rows` rows of one of few lengths, and all processes the same.
+    A pack is one example, or several that stay together. Every epoch has each pack once, in a fresh order; its last
+    batch is smaller. The packs of a batch are spread over `num_rows` rows, so that the longest row is short; with as
+    many rows as packs each has its own. All batches have `num_rows` rows of one of few lengths, and all processes the
+    same.
 
     Args:
-        examples: what to load.
-        global_batch_size: examples of one batch over all processes.
+        packs: what to load.
+        global_batch_size: packs of one batch over all processes.
         num_rows: rows of one batch; `process_count` must divide them.
         num_steps: batches that the run will take; the row lengths suit them.
         pad_id: token id in the padding.
@@ -75,7 +77,7 @@ class Loader:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        packs: Sequence[Sequence[Example]],
         *,
         global_batch_size: int,
         num_rows: int,
@@ -94,12 +96,12 @@ class Loader:
                 f"a batch of {num_rows} rows cannot be divided among {process_count} processes; change "
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )
-        self._sizes = np.array([len(example.tokens) for example in examples], np.int64)
-        self._examples, self._global_batch_size, self._num_rows = examples, global_batch_size, num_rows
+        self._sizes = np.array([sum(len(example.tokens) for example in pack) for pack in packs], np.int64)
+        self._packs, self._global_batch_size, self._num_rows = packs, global_batch_size, num_rows
         self._pad_id, self._seed, self._sampling, self._multiple = pad_id, seed, sampling, multiple
         self._process_index, self._process_count = process_index, process_count
         self._cached_order = functools.lru_cache(maxsize=2)(self.epoch_order)
-        self.num_steps, self.steps_per_epoch = num_steps, math.ceil(len(examples) / global_batch_size)
+        self.num_steps, self.steps_per_epoch = num_steps, math.ceil(len(packs) / global_batch_size)
         num_planned = min(num_steps, max(1, MAX_PLANNED // global_batch_size))
         self._longest = [self.layout(step)[1] for step in range(num_planned)]
         self.lengths = bucket_lengths(self._longest, num_lengths, multiple)
@@ -110,9 +112,24 @@ class Loader:
         padded = self._num_rows * lengths[np.searchsorted(lengths, self._longest)].sum()
         return 1 - sum(int(self._sizes[self._indices(step)].sum()) for step in range(len(self._longest))) / int(padded)
 
+    def fingerprint(self) -> str:
+        """What the batches depend on, in 32 hexadecimal digits: every token and mask, the seed, and how they are dealt.
+
+        The number of processes, rows and row lengths is not in it: none of them changes which packs a batch holds.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((self._seed, self._sampling, self._global_batch_size)).encode())
+        for pack in self._packs:
+            digest.update(len(pack).to_bytes(4, "little"))
+            for example in pack:
+                digest.update(len(example.tokens).to_bytes(4, "little"))
+                digest.update(np.ascontiguousarray(example.tokens).data)
+                digest.update(np.packbits(example.loss_mask).data)
+        return digest.hexdigest()
+
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """Indices of the examples, int64 [N], in the order of this epoch."""
-        count, size = len(self._examples), self._global_batch_size
+        """Indices of the packs, int64 [N], in the order of this epoch."""
+        count, size = len(self._packs), self._global_batch_size
         if self._sampling == "sequential":
             return np.arange(count)
         # Raw bits and a stable sort, because numpy keeps the bit streams between versions, but not `permutation`.
@@ -130,7 +147,7 @@ class Loader:
         return order
 
     def layout(self, step: int) -> tuple[list[list[int]], int]:
-        """Which examples stand in each row of global batch number `step`, and the tokens of the longest row.
+        """Which packs stand in each row of global batch number `step`, and the tokens of the longest row.
 
         Longest first, each to the row that is shortest so far (Graham, 1969, "Bounds on Multiprocessing Timing
         Anomalies"); the order of the rows is that of their first examples.
@@ -149,7 +166,8 @@ class Loader:
         rows, longest = self.layout(step)
         share = self._num_rows // self._process_count
         mine = rows[self._process_index * share : (self._process_index + 1) * share]
-        return collate([[self._examples[i] for i in row] for row in mine], self._padded(longest), self._pad_id)
+        examples = [[example for i in row for example in self._packs[i]] for row in mine]
+        return collate(examples, self._padded(longest), self._pad_id)
 
     def empty(self, length: int) -> dict[str, np.ndarray]:
         """This process's rows of a batch of that row length with nothing in it, to compile for."""

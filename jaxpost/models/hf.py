@@ -1,29 +1,42 @@
-"""Hugging Face in and out: weights straight into their shards, and back into a folder that transformers loads."""
+"""Hugging Face models in: weights straight from their files into their shards."""
 
-import json
+import logging
+import math
 import os
-import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxpost.errors import ConfigError
 from jaxpost.models.attention import KERNELS
 from jaxpost.models.checkpoint import Checkpoint, open_checkpoint
 from jaxpost.models.config import Compute, ModelConfig
+from jaxpost.models.config_reader import ConfigReader
 from jaxpost.models.families import architecture, read_config, rows_of
-from jaxpost.models.rows import HFTensor, Row, hf_tensors
+from jaxpost.models.memory import aligned_empty, copy, release
+from jaxpost.models.rows import Row, hf_tensors
 from jaxpost.models.transformer import HEADS, Decoder
 from jaxpost.options import one_of, option
 from jaxpost.sharding import make_mesh, path_of, shardings
 
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
-SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SCORE, LM_HEAD, EMBEDDING = "score.weight", "lm_head.weight", "model.embed_tokens.weight"
+READERS = 4  # tensors read at a time: while one waits for the disk, others are copied
+COMPARED_ROWS = 1024
+
+_log = logging.getLogger("jaxpost")
+
+Bounds = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +49,7 @@ class ModelArguments:
     bf16: bool | None = option(None, "Compute in bfloat16; by default on accelerators, not on CPU.")
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass to save memory.")
     attn_implementation: str = option("auto", "Attention kernel: auto or xla.")
+    allow_nonfinite_weights: bool = option(False, "Load a model even if its weights hold NaN or infinity.")
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, PARAMETER_DTYPES)
@@ -57,7 +71,8 @@ def from_pretrained(
     dtype: str = "float32",
     compute: Compute | None = None,
     revision: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> Decoder:
     """Load a language model or a reward model from an HF folder, a hub id or a `.gguf` file.
 
@@ -68,15 +83,25 @@ def from_pretrained(
         compute: dtype, remat and kernel of the forward pass; by default the parameters' dtype, nothing recomputed.
         revision: branch, tag or commit of a hub repository.
         mesh: where to put the parameters; by default the first device.
+        allow_nonfinite: accept weights that are NaN or infinite.
 
     Returns:
         A model: `model(tokens) -> logits [B, T, V]`, or scores [B, T] with a reward head.
 
     Raises:
-        ConfigError: missing or unsupported files, tensors or config fields; the message lists them.
+        ConfigError: missing or unsupported files, tensors or config fields, or weights that are not finite; the
+            message lists them.
     """
     checkpoint = open_checkpoint(name_or_path, revision)
-    return load(checkpoint, str(name_or_path), head=head, dtype=dtype, compute=compute, mesh=mesh)
+    return load(
+        checkpoint,
+        str(name_or_path),
+        head=head,
+        dtype=dtype,
+        compute=compute,
+        mesh=mesh,
+        allow_nonfinite=allow_nonfinite,
+    )
 
 
 def load(
@@ -86,12 +111,13 @@ def load(
     head: str = "lm",
     dtype: str = "float32",
     compute: Compute | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> Decoder:
     """Build the model of an opened checkpoint; see `from_pretrained`. `source` names it in errors."""
     one_of("dtype", dtype, PARAMETER_DTYPES)
-    mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
     one_of("head", head, HEADS)
+    mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
     config = read_config(checkpoint.config, source)
     architecture(config, head, source)
     compute = compute or Compute(dtype=dtype)
@@ -100,17 +126,21 @@ def load(
     shapes = nnx.to_pure_dict(state)
     check_tensors(config, head, checkpoint, shapes, source)
     rows = {row.path: row for row in rows_of(config, head)}
-    weights = jax.tree_util.tree_map_with_path(
-        lambda path, leaf, sharding: jax.make_array_from_callback(
-            leaf.shape, sharding, _reader(checkpoint, rows[path_of(path)], leaf.shape, np.dtype(dtype))
-        ),
-        shapes,
-        shardings(shapes, mesh),
-    )
+
+    def parameter(path: Any, leaf: Any, sharding: NamedSharding) -> Array:
+        row = rows[path_of(path)]
+        if row.hf_name == SCORE and SCORE not in checkpoint.names():
+            return _new_head(config, leaf.shape, sharding, dtype, source)
+        return _assemble(checkpoint, row, leaf.shape, sharding, np.dtype(dtype), readers.map)
+
+    with ThreadPoolExecutor(READERS) as readers:
+        weights = jax.tree_util.tree_map_with_path(parameter, shapes, shardings(shapes, mesh))
+    if not allow_nonfinite:
+        _check_finite(weights, rows, mesh, source)
     return nnx.merge(graphdef, weights)
 
 
-def place(model: Decoder, compute: Compute, mesh: jax.sharding.Mesh) -> Decoder:
+def place(model: Decoder, compute: Compute, mesh: Mesh) -> Decoder:
     """Lay a model's parameters out on `mesh`, in place, and let it compute as `compute` says."""
     weights = nnx.to_pure_dict(nnx.state(model))
     nnx.update(model, jax.device_put(weights, shardings(weights, mesh)))
@@ -118,21 +148,46 @@ def place(model: Decoder, compute: Compute, mesh: jax.sharding.Mesh) -> Decoder:
     return model
 
 
-def _reader(checkpoint: Checkpoint, row: Row, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[Any], np.ndarray]:
-    """What `jax.make_array_from_callback` asks for one shard: only that slice is read and cast."""
+def _assemble(
+    checkpoint: Checkpoint,
+    row: Row,
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    dtype: np.dtype,
+    each: Callable[..., Any],
+) -> Array:
+    """One parameter: each of its HF tensors is read once, cast, and copied to where its slices belong.
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        starts_stops = [part.indices(dim)[:2] for part, dim in zip(index, shape, strict=True)]
-        out = np.empty([stop - start for start, stop in starts_stops], dtype)
-        for slot in np.ndindex(*out.shape[: row.stacked]):
-            stacked = (start + offset for (start, _), offset in zip(starts_stops, slot, strict=False))
-            whole = checkpoint.read(row.hf_name.format(*stacked))
-            if row.part is not None:
-                whole = whole[row.part.start : row.part.stop]
-            out[slot] = (whole.T if row.transpose else whole)[index[row.stacked :]]
-        return out
+    Only this process's shards are ever in its memory; on a CPU they are the parameter itself.
+    """
 
-    return read
+    def bounds(index: Any) -> Bounds:
+        return tuple(part.indices(dim)[:2] for part, dim in zip(index, shape, strict=True))
+
+    indices = set(map(bounds, sharding.addressable_devices_indices_map(shape).values()))
+    shards = {index: aligned_empty([stop - start for start, stop in index], dtype) for index in indices}
+
+    def fill(at: tuple[int, ...]) -> None:
+        tensor = checkpoint.read(row.hf_name.format(*at))
+        part = tensor if row.part is None else tensor[row.part.start : row.part.stop]
+        for index, shard in shards.items():
+            inner = tuple(slice(*bound) for bound in index[row.stacked :])
+            copy(shard[at], (part.T if row.transpose else part)[inner])
+        release(tensor)
+
+    list(each(fill, np.ndindex(*shape[: row.stacked])))
+    return jax.make_array_from_callback(shape, sharding, lambda index: shards[bounds(index)])
+
+
+def _new_head(config: ModelConfig, shape: tuple[int, ...], sharding: NamedSharding, dtype: str, source: str) -> Array:
+    """A reward head for a language model, drawn as transformers draws it; the same on every mesh."""
+    deviation = ConfigReader(config.hf, source, {}).optional_positive("initializer_range") or 0.02
+    _log.info("%s has no %s: its reward head is new, normal with deviation %g", source, SCORE, deviation)
+
+    def draw() -> Array:
+        return (deviation * jax.random.normal(jax.random.key(0), shape)).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)()
 
 
 def parameter_shapes(weights: Any) -> dict[str, tuple[int, ...]]:
@@ -141,107 +196,86 @@ def parameter_shapes(weights: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(config: ModelConfig, head: str, checkpoint: Checkpoint, weights: Any, source: str) -> None:
-    """Compare what the architecture needs with what the files hold, before anything is read.
+    """Compare what the architecture needs with what the files hold, before anything is loaded.
 
     Raises:
-        ConfigError: lists missing, unexpected and wrongly shaped tensors.
+        ConfigError: lists missing, unexpected and wrongly shaped tensors; the files hold a model with another head.
     """
-    needed = hf_tensors(rows_of(config, head), parameter_shapes(weights))
-    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
-    ignored |= {name for name in checkpoint.names() if name.endswith("rotary_emb.inv_freq")}
-    missing = sorted(set(needed) - checkpoint.names())
-    unexpected = sorted(checkpoint.names() - set(needed) - ignored)
+    rows, shapes, names = rows_of(config, head), parameter_shapes(weights), checkpoint.names()
+    most = max(math.prod(shapes[row.path][: row.stacked]) for row in rows)
+    if most > len(names):  # before a name is made for each
+        raise ConfigError(
+            f"{source}: config.json asks for {most} tensors of one kind, the files hold {len(names)} in all"
+        )
+    needed = hf_tensors(rows, shapes)
+    if head == "lm" and SCORE in names:
+        raise ConfigError(f'{source} is a reward model (it has {SCORE}); load it with head="reward"')
+    may_lack = {SCORE}
+    ignored = {LM_HEAD} if config.tie_embeddings or head == "reward" else set()
+    ignored |= {name for name in names if name.endswith("rotary_emb.inv_freq")}
+    missing = sorted(set(needed) - names - may_lack)
+    unexpected = sorted(names - set(needed) - ignored)
     wrong = [
         f"{name} {list(checkpoint.shape(name))} instead of {list(tensor.shape)}"
         for name, tensor in needed.items()
-        if name in checkpoint.names() and checkpoint.shape(name) != tensor.shape
+        if name in names and checkpoint.shape(name) != tensor.shape
     ]
     problems = [
-        f"{kind}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        f"{kind}: {_few(names, 5)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
         if names
     ]
     if problems:
         raise ConfigError(f"{source}: the weights do not fit config.json; {'; '.join(problems)}")
+    if config.tie_embeddings and head == "lm" and LM_HEAD in names:
+        _check_tied(checkpoint, source)
 
 
-def save_pretrained(
-    model: Decoder,
-    tokenizer: Any,
-    path: str | os.PathLike[str],
-    *,
-    generation_config: dict[str, Any] | None = None,
-) -> None:
-    """Write a folder that transformers loads: safetensors, config, generation config, tokenizer, chat template.
-
-    The files are written beside `path` and moved in at the end, so an interrupted export leaves no half model.
-
-    Args:
-        model: the model; its parameters keep their dtype.
-        tokenizer: a transformers tokenizer, or None.
-        path: the folder; files of the same names in it are replaced, others are left alone.
-        generation_config: contents of generation_config.json, if any.
-
-    Raises:
-        ConfigError: `path` is a file.
-    """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"{target} is a file; give a folder to save the model in")
-    main = jax.process_index() == 0
-    staging = target.parent / f".{target.name}.saving"
-    if main:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    weights = nnx.to_pure_dict(nnx.state(model))
-    dtype = str(jax.tree.leaves(weights)[0].dtype)
-    tensors = hf_tensors(rows_of(model.config, model.head_kind), parameter_shapes(weights))
-    _write_safetensors(staging / "model.safetensors", tensors, weights, dtype, main)
-    if not main:
-        return
-    name = architecture(model.config, model.head_kind)
-    config = {**model.config.hf, "architectures": [name], "vocab_size": model.config.vocab_size, "dtype": dtype}
-    config.pop("torch_dtype", None)
-    _write_json(staging / "config.json", config)
-    if generation_config:
-        _write_json(staging / "generation_config.json", generation_config)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(staging)
-    target.mkdir(exist_ok=True)
-    for file in staging.iterdir():
-        os.replace(file, target / file.name)
-    staging.rmdir()
+def _check_tied(checkpoint: Checkpoint, source: str) -> None:
+    """Raise ConfigError if a head that would not be loaded says something else than the embedding."""
+    embedding, head = checkpoint.read(EMBEDDING), checkpoint.read(LM_HEAD)
+    same = embedding.shape == head.shape and all(
+        np.array_equal(embedding[rows], head[rows], equal_nan=True)
+        for rows in (slice(start, start + COMPARED_ROWS) for start in range(0, len(head), COMPARED_ROWS))
+    )
+    release(embedding)
+    release(head)
+    if not same:
+        raise ConfigError(
+            f"{source}: config.json ties the head to the embedding, but {LM_HEAD} differs from {EMBEDDING}; "
+            "set tie_word_embeddings to false, or remove the tensor that is wrong"
+        )
 
 
-def _write_safetensors(path: Path, tensors: dict[str, HFTensor], weights: Any, dtype: str, main: bool) -> None:
-    """Stream the tensors one after the other: no host holds more than one parameter of the whole model."""
-    by_path = {path_of(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(weights)}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    size, offset = np.dtype(dtype).itemsize, 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.size * size
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": tensor.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path if main else os.devnull, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for row, at in (piece for tensor in tensors.values() for piece in tensor.pieces):
-            value = _to_host(by_path[row.path][at])
-            file.write(np.ascontiguousarray(value.T if row.transpose else value).tobytes())
-        file.flush()
-        if main:
-            os.fsync(file.fileno())
+def _check_finite(weights: Any, rows: dict[str, Row], mesh: Mesh, source: str) -> None:
+    """Raise ConfigError if a weight is NaN or infinite."""
+    leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
+    found = jax.device_get(_finite(list(leaves.values()), tuple(rows[path].stacked for path in leaves), mesh))
+    bad = sorted(
+        {
+            rows[path].hf_name.format(*at)
+            for path, flags in zip(leaves, found, strict=True)
+            for at in np.argwhere(~flags)
+        }
+    )
+    if bad:
+        raise ConfigError(
+            f"{source}: NaN or infinity (in {jax.tree.leaves(weights)[0].dtype}) in {_few(bad, 3)}; the files are "
+            "damaged or their training had diverged: take another checkpoint, or --allow_nonfinite_weights true"
+        )
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
-    """The whole array on every process (a collective where it is spread over several)."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
+@partial(jax.jit, static_argnums=(1, 2))
+def _finite(parameters: list[Array], num_stacked: tuple[int, ...], mesh: Mesh) -> list[Array]:
+    """Whether each HF tensor of each parameter is finite; NaN makes both its maximum and its minimum NaN."""
+    found = []
+    for parameter, first in zip(parameters, num_stacked, strict=True):
+        axes = tuple(range(first, parameter.ndim))
+        finite = jnp.isfinite(jnp.max(parameter, axes)) & jnp.isfinite(jnp.min(parameter, axes))
+        found.append(jax.lax.with_sharding_constraint(finite, NamedSharding(mesh, P())))
+    return found
 
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _few(names: list[str], count: int) -> str:
+    """The first names, and how many there are beyond."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -33,11 +33,18 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run."""
+    """The `checkpoints/` folder of a run.
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
+    Args:
+        folder: made when something is saved.
+        config: when to save, and whether to continue.
+        data: fingerprint of the run's batches; a resumed run must read the same ones.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, data: str = ""):
         self.folder = folder
         self.config = config
+        self.data = data
 
     @cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -51,11 +58,11 @@ class Checkpoints:
         Args:
             state: trainable parameters, optimizer and step are saved; frozen arrays come from the base model.
             step: the state's step.
-            facts: small JSON values that must survive with it, and that a resumed run must agree with.
+            facts: small JSON values that must survive with it.
         """
         if self._manager.latest_step() == step:
             return
-        facts = {**facts, "arrays": _arrays(state)}
+        facts = {**facts, "arrays": _arrays(state), "data": self.data}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(_saved(state)), facts=ocp.args.JsonSave(facts))
         )
@@ -68,7 +75,7 @@ class Checkpoints:
 
         Raises:
             ConfigError: the folder holds a run and nobody asked to continue it, or there is no such step.
-            CheckpointError: the checkpoint does not fit this model and optimizer.
+            CheckpointError: the checkpoint does not fit this model, this optimizer or this data.
         """
         steps = sorted(self._manager.all_steps()) if self.folder.is_dir() else []
         asked = self.config.resume_from_checkpoint
@@ -83,6 +90,12 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state))
         facts = self._read(step, "facts", ocp.args.JsonRestore())
         self._check(step, facts.pop("arrays"), _arrays(state))
+        if facts.pop("data") != self.data:
+            raise CheckpointError(
+                f"{self.folder / str(step)} was saved by a run over other batches: the rows, the tokenizer, its chat "
+                "template, the seed, the batch size or a data flag differ; give those of config.yaml, or another "
+                "--output_dir"
+            )
         return dataclasses.replace(state, **self._read(step, "state", ocp.args.StandardRestore(abstract))), facts
 
     def _read(self, step: int, item: str, how: Any) -> Any:

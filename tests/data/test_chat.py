@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 
-from jaxpost.data.chat import SFTDataConfig, encode_prompt, encode_rows, prepare_tokenizer
+from jaxpost.data.chat import SFTDataConfig, encode_prompt, encode_rows
 from jaxpost.errors import ConfigError, DataError
 from tests.conftest import make_tokenizer
 
@@ -69,8 +69,8 @@ def test_only_the_completion_is_trained(tokenizer):
     assert texts([CHAT_PAIR], tokenizer) == [(WHOLE, "cde<|im_end|>\n")]
     assert texts([PAIR], tokenizer) == [("abcde<|im_end|>", "cde<|im_end|>")]
     assert texts([PAIR], tokenizer, completion_only_loss=False) == [("abcde<|im_end|>", "bcde<|im_end|>")]
-    empty = {"prompt": "ab<|im_end|>", "completion": ""}
-    assert texts([empty], tokenizer) == [("ab<|im_end|><|im_end|>", "<|im_end|>")]
+    with pytest.raises(DataError, match="row 1, column 'completion' is empty"):
+        texts([{"prompt": "ab", "completion": ""}], tokenizer)
 
 
 def test_special_tokens_of_the_tokenizer_go_around_text_only(tokenizer):
@@ -243,50 +243,6 @@ def test_prompts_to_generate_from(tokenizer):
         encode_prompt(None, tokenizer, vocab_size=259, name="p.jsonl", row=3)
     with pytest.raises(ConfigError, match="10 embedding rows"):
         encode_prompt("ab", tokenizer, vocab_size=10)
-
-
-def test_prepare_tokenizer_sets_what_the_config_names(tokenizer, tmp_path):
-    path = tmp_path / "own.jinja"
-    path.write_text("{{ messages[0]['content'] }}☕", encoding="utf-8")
-    config = SFTDataConfig(eos_token="<pad>", pad_token="<|im_start|>", chat_template_path=str(path))
-    prepared = prepare_tokenizer(copy.deepcopy(tokenizer), config)
-    assert (prepared.eos_token, prepared.pad_token) == ("<pad>", "<|im_start|>")
-    assert texts([{"messages": [USER]}], prepared)[0][0] == "ab☕"
-    kept = prepare_tokenizer(copy.deepcopy(tokenizer), SFTDataConfig())
-    assert (kept.eos_token, kept.pad_token, kept.chat_template) == ("<|im_end|>", "<pad>", tokenizer.chat_template)
-    assert prepare_tokenizer(changed(tokenizer, pad_token=None), SFTDataConfig()).pad_token == "<|im_end|>"
-
-
-def test_prepare_tokenizer_takes_the_template_of_another_model(tokenizer, tmp_path):
-    source = changed(tokenizer, chat_template="{{ messages[0]['content'] }}<pad>", eos_token="<pad>")
-    source.save_pretrained(tmp_path / "other")
-    config = SFTDataConfig(chat_template_path=str(tmp_path / "other"))
-    prepared = prepare_tokenizer(copy.deepcopy(tokenizer), config)
-    assert (prepared.chat_template, prepared.eos_token) == (source.chat_template, "<pad>")
-    source.add_tokens(["<turn>"], special_tokens=True)
-    source.chat_template = "<turn>{{ messages[0]['content'] }}"
-    source.save_pretrained(tmp_path / "wider")
-    with pytest.raises(ConfigError, match=r"needs tokens that this tokenizer lacks: \['<turn>'\]"):
-        prepare_tokenizer(copy.deepcopy(tokenizer), SFTDataConfig(chat_template_path=str(tmp_path / "wider")))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eos_token": "<eos>"}, "eos_token '<eos>' is not in the tokenizer's vocabulary"),
-        ({"pad_token": "<none>"}, "pad_token '<none>' is not in the tokenizer's vocabulary"),
-        (
-            {"chat_template_path": "./nowhere.jinja"},
-            "chat_template_path './nowhere.jinja' is neither a file nor a model",
-        ),
-    ],
-)
-def test_prepare_tokenizer_refuses_what_is_not_there(options, message, tokenizer):
-    with pytest.raises(ConfigError, match=message) as caught:
-        prepare_tokenizer(copy.deepcopy(tokenizer), SFTDataConfig(**options))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="neither a pad nor an EOS token"):
-        prepare_tokenizer(changed(tokenizer, eos_token=None, pad_token=None), SFTDataConfig())
 
 
 def test_bad_options_are_refused_at_once():

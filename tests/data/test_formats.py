@@ -1,208 +1,62 @@
-"""Files, folders and the Hub to rows; and the type of the rows."""
-
-import json
+"""The types of rows, blocks of them, and what becomes of bad ones."""
 
 import datasets
+import numpy as np
 import pytest
 
-from jaxpost.data.chat import SFTDataConfig, encode_rows
-from jaxpost.data.formats import Block, blocks, detect_type, is_conversational, load_rows
+from jaxpost.data.formats import BadRows, Block, RowType, blocks, detect_type, row_type
+from jaxpost.data.messages import MAX_CHARACTERS, is_conversational
+from jaxpost.data.rows import RowError, as_rows
 from jaxpost.errors import DataError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_parquet(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    return path
-
-
-def test_jsonl_rows_keep_their_values_and_order(tmp_path):
-    rows = [{"messages": CHAT}, {"messages": [{"role": "user", "content": "☕ \u2028 naïve"}]}]
-    assert load_rows(str(write(tmp_path / "a.jsonl", rows)), "train").to_list() == rows
-
-
-def test_blank_lines_a_byte_order_mark_and_windows_ends_are_no_rows(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n\r\n  \n{"text": "2020-01-01"}')
-    assert load_rows(str(tmp_path / "a.jsonl"), "train")["text"][:] == ["x", "2020-01-01"]
-
-
-def test_json_is_an_array_or_lines(tmp_path):
-    (tmp_path / "a.json").write_text('[\n {"text": "x"},\n {"text": "y", "n": 1}\n]\n')
-    assert load_rows(str(tmp_path / "a.json"), "train").to_list() == [{"text": "x", "n": None}, {"text": "y", "n": 1}]
-    write(tmp_path / "b.json", [{"text": "z"}])
-    assert load_rows(str(tmp_path / "b.json"), "train")["text"][:] == ["z"]
-
-
-def test_a_column_that_first_appears_later_is_kept(tmp_path):
-    rows = load_rows(str(write(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "y", "extra": "z"}])), "train")
-    assert rows["extra"][:] == [None, "z"]
-
-
-def test_mixed_types_in_a_column_are_kept_as_written(tmp_path):
-    rows = [{"text": "x", "answer": 1}, {"text": "y", "answer": "two"}]
-    assert load_rows(str(write(tmp_path / "a.jsonl", rows)), "train").to_list() == rows
-
-
-def test_parquet_shards_are_read_in_the_order_of_their_names(tmp_path):
-    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [{"messages": CHAT[1:]}])
-    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", [{"messages": CHAT[:1]}])
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [{"messages": CHAT}])
-    assert load_rows(str(tmp_path), "train")["messages"][:] == [CHAT[:1], CHAT[1:]]
-    assert load_rows(str(tmp_path), "test")["messages"][:] == [CHAT]
-
-
-def test_a_folder_has_a_split_for_each_file_name(tmp_path):
-    write(tmp_path / "train.jsonl", [{"text": "a"}])
-    write(tmp_path / "test.jsonl", [{"text": "b"}])
-    assert load_rows(str(tmp_path), "train")["text"][:] == ["a"]
-    assert load_rows(str(tmp_path), "test")["text"][:] == ["b"]
-
-
-def test_files_without_a_split_in_their_names_are_all_train(tmp_path):
-    write_parquet(tmp_path / "0000.parquet", [{"text": "a"}])
-    write_parquet(tmp_path / "0001.parquet", [{"text": "b"}])
-    assert load_rows(str(tmp_path), "train")["text"][:] == ["a", "b"]
-
-
-def test_test_rows_under_an_unusual_name_never_become_train(tmp_path):
-    write(tmp_path / "maths-train.jsonl", [{"text": "a"}])
-    write(tmp_path / "maths-test.jsonl", [{"text": "b"}])
-    with pytest.raises(DataError, match=r"no split 'train'.*splits found: maths-test, maths-train"):
-        load_rows(str(tmp_path), "train")
-    assert load_rows(str(tmp_path), "maths-train")["text"][:] == ["a"]
-
-
-def test_a_configuration_is_a_subfolder(tmp_path):
-    write(tmp_path / "main" / "train.jsonl", [{"text": "a"}])
-    assert load_rows(str(tmp_path), "train", "main")["text"][:] == ["a"]
-    with pytest.raises(DataError, match="no configuration 'socratic'; sub-folders found: main"):
-        load_rows(str(tmp_path), "train", "socratic")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"text": "x"}\n{"text": "y"\n{"text": "z"}\n', r"bad.jsonl, line 2, column \d+: not valid JSON"),
-        (b'{"text": "x"}\n\n\n{"text": "\xff"}\n', "bad.jsonl, line 4: not valid UTF-8"),
-        (b'{"text": "x"}\n{"text": "\\ud800"}\n', "bad.jsonl, line 2: .*surrogate"),
-        (b'{"text": "x"}\n["y"]\n', "bad.jsonl, line 2: a row must be a JSON object, not list"),
-        (b'{"text": "x"}\n' + b"[" * 100_000 + b"\n", "bad.jsonl, line 2: nested too deeply"),
-        (b"", "bad.jsonl is empty"),
-        (b" \n\n", "bad.jsonl is empty"),
-    ],
-)
-def test_a_bad_file_is_reported_with_its_line(content, message, tmp_path):
-    (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        load_rows(str(tmp_path / "bad.jsonl"), "train")
-    assert "\n" not in str(caught.value)
-
-
-def test_errors_in_a_json_array_are_placed(tmp_path):
-    (tmp_path / "a.json").write_text('[\n {"text": "x"},\n {"text" "y"}\n]')
-    with pytest.raises(DataError, match=r"a.json, line 3, column \d+: not valid JSON"):
-        load_rows(str(tmp_path / "a.json"), "train")
-    (tmp_path / "b.json").write_bytes(b'[\n {"text": "x"},\n {"text": "\xff"}\n]')
-    with pytest.raises(DataError, match=r"b.json, line 3: not valid UTF-8"):
-        load_rows(str(tmp_path / "b.json"), "train")
-    (tmp_path / "c.json").write_text('[{"text": "x"}, 3]')
-    with pytest.raises(DataError, match=r"c.json, row 2: a row must be a JSON object, not int 3"):
-        load_rows(str(tmp_path / "c.json"), "train")
-    (tmp_path / "d.json").write_text("[]")
-    with pytest.raises(DataError, match="split 'train' has no rows"):
-        load_rows(str(tmp_path / "d.json"), "train")
-
-
-def test_a_bad_parquet_file_is_one_line(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
-    with pytest.raises(DataError, match=r"a.parquet: not a readable Parquet file") as caught:
-        load_rows(str(tmp_path / "a.parquet"), "train")
-    assert "\n" not in str(caught.value)
-
-
-def test_parquet_files_of_different_columns_are_refused(tmp_path):
-    write_parquet(tmp_path / "train-0.parquet", [{"text": "a"}])
-    write_parquet(tmp_path / "train-1.parquet", [{"text": 1}])
-    with pytest.raises(DataError, match="differ in their columns"):
-        load_rows(str(tmp_path), "train")
-
-
-def test_a_missing_split_lists_those_found(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "x"}])
-    with pytest.raises(DataError, match="has no split 'test'; splits found: train"):
-        load_rows(str(path), "test")
-
-
-def test_a_folder_or_file_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"has no .json, .jsonl, .parquet file"):
-        load_rows(str(tmp_path), "train")
-    (tmp_path / "a.csv").write_text("text\nx\n")
-    with pytest.raises(DataError, match=r"a.csv: cannot read this kind of file; give one that ends in .json"):
-        load_rows(str(tmp_path / "a.csv"), "train")
-
-
-@pytest.mark.parametrize("name", ["./nowhere/rows", "no/such/file", "rows.jsonl", "owner/rows.parquet", "~/rows here"])
-def test_what_is_no_path_and_no_hub_id_says_so(name, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub"))
-    with pytest.raises(DataError, match="no such file or folder, and it does not look like a Hub id"):
-        load_rows(name, "train")
-
-
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
-    def fail(*args, **kwargs):
-        raise ConnectionError("Couldn't reach it\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(
-        DataError, match=r"owner/name: no such local path, .*ConnectionError: Couldn't reach it and more"
-    ):
-        load_rows("owner/name", "train")
-
-
-def test_a_hub_id_is_loaded_with_its_configuration(monkeypatch):
-    asked = []
-
-    def load(*args, **kwargs):
-        asked.append((args, kwargs))
-        return datasets.Dataset.from_list([{"text": "x"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert load_rows("owner/name", "train", "main")["text"][:] == ["x"]
-    assert asked == [(("owner/name", "main"), {"split": "train"})]
+USER, ASSISTANT = CHAT
+SYSTEM, TOOL = {"role": "system", "content": "s"}, {"role": "tool", "content": "4"}
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"text": "x"}, "language_modeling"),
-        ({"messages": CHAT}, "language_modeling"),
-        ({"prompt": "x", "messages": CHAT}, "language_modeling"),
-        ({"prompt": "x", "completion": "y", "text": "z"}, "prompt_completion"),
-        ({"prompt": CHAT, "answer": "4"}, "prompt_only"),
-        ({"input_ids": [1], "text": "x"}, "tokenized"),
+        ({"text": "x"}, ("language_modeling", "text", False)),
+        ({"messages": CHAT}, ("language_modeling", "messages", True)),
+        ({"conversations": [{"from": "human", "value": "x"}]}, ("language_modeling", "messages", True)),
+        ({"text": "x", "messages": None}, ("language_modeling", "text", False)),
+        ({"text": None, "messages": CHAT}, ("language_modeling", "messages", True)),
+        ({"prompt": "x", "messages": CHAT}, ("language_modeling", "messages", True)),
+        ({"prompt": "x", "completion": "y", "text": "z"}, ("prompt_completion", "prompt", False)),
+        ({"instruction": "x", "output": "y"}, ("prompt_completion", "prompt", True)),
+        ({"prompt": CHAT, "answer": "4"}, ("prompt_only", "prompt", True)),
+        ({"input_ids": [1], "labels": [1], "text": "x"}, ("tokenized", "input_ids", False)),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, ("preference", "chosen", False)),
+        ({"chosen": CHAT, "rejected": CHAT}, ("preference", "chosen", True)),
+        ({"prompt": "x", "completion": "y", "label": True}, ("unpaired_preference", "prompt", False)),
+        ({"prompt": "x", "completions": ["y"], "labels": [True]}, ("stepwise", "prompt", False)),
     ],
 )
-def test_detect_type(row, expected):
-    assert detect_type(list(row), row) == expected
+def test_types(row, expected):
+    [block] = blocks([row], "d")
+    assert row_type(block) == RowType(*expected)
+    assert detect_type(list(block.columns), {c: cells[0] for c, cells in block.columns.items()}) == expected[0]
 
 
-def test_detect_type_with_a_custom_field_and_without_any():
+def test_a_method_sees_the_types_that_it_accepts():
+    row = {"prompt": "x", "completion": "y", "label": 3}
+    assert detect_type(list(row), row, accepted=("prompt_completion", "language_modeling")) == "prompt_completion"
+    with pytest.raises(DataError, match="d has the columns prompt, completion, label; accepted are 'chosen' with 'rej"):
+        detect_type(list(row), row, name="d", accepted=("preference",))
+
+
+def test_a_text_column_has_the_name_that_it_is_given():
     assert detect_type(["body"], {"body": "x"}, text_field="body") == "language_modeling"
-    with pytest.raises(
-        DataError, match=r"rows.jsonl has the columns body, id; accepted are 'messages', 'text' .*'prompt'"
-    ):
-        detect_type(["body", "id"], {"body": "x", "id": 1}, name="rows.jsonl")
+    expected = r"d has the columns body, id; accepted are 'input_ids', or .*'messages', or .*'text' \(named by --datase"
+    with pytest.raises(DataError, match=expected):
+        detect_type(["body", "id"], {"body": "x", "id": 1}, name="d")
+
+
+def test_a_bad_first_row_does_not_tell_the_type():
+    [block] = blocks([{"messages": None}, {"messages": []}, {"messages": CHAT}], "d")
+    assert row_type(block).conversational
 
 
 def test_is_conversational():
@@ -215,71 +69,205 @@ def test_blocks_cover_lists_and_datasets_alike():
     rows = [{"text": str(i), **({"n": i} if i else {})} for i in range(2500)]
     for source in (rows, datasets.Dataset.from_list([{"text": r["text"], "n": r.get("n")} for r in rows])):
         found = list(blocks(source, "rows"))
-        assert [block.first for block in found] == [0, 1000, 2000]
+        assert [(block.first, len(block)) for block in found] == [(0, 1000), (1000, 1000), (2000, 500)]
         assert [text for block in found for text in block.texts("text")] == [row["text"] for row in rows]
         assert found[0].columns["n"][:2] == [None, 1]
         assert found[2].where(3, "n") == "rows, row 2004, column 'n'"
+        [last] = blocks(source, "rows", start=2400)
+        assert last.first == 2400 and last.texts("text")[0] == "2400" and last.place(0) == "rows, row 2401"
+        assert last.part(20, 30).texts("text") == last.texts("text")[20:30] and last.part(20, 30).first == 2420
     with pytest.raises(DataError, match="rows has no rows"):
         next(blocks([], "rows"))
+    assert list(blocks(rows, "rows", start=2500)) == []
 
 
-def test_null_keys_of_messages_are_left_out():
+def test_a_column_stays_once_it_has_been_seen():
+    rows = [{"text": "x", "id": 1}] * 1000 + [{"text": "x"}] * 1000 + [{"text": "x", "more": 2}]
+    assert [list(block.columns) for block in blocks(rows, "d")] == [
+        ["text", "id"],
+        ["text", "id"],
+        ["text", "id", "more"],
+    ]
+    with pytest.raises(DataError, match="d, row 1002, column 'labels' is missing in all of the rows before"):
+        list(blocks([{"input_ids": [1]}] * 1001 + [{"input_ids": [1], "labels": [1]}], "d"))
+
+
+def test_messages_without_their_null_keys():
     block = Block({"m": [[{"role": "user", "content": "x", "name": None, "n": 0}]]}, 0, "rows")
     assert block.messages("m") == [[{"role": "user", "content": "x", "n": 0}]]
 
 
-IDS = {"input_ids": [5, 6]}
-LABELLED = {"input_ids": [5, 6], "labels": [5, 6]}
-TEXT = {"text": "ab"}
-MESSAGES = {"messages": CHAT}
-PAIR = {"prompt": "a", "completion": "b"}
-CHAT_PAIR = {"prompt": CHAT[:1], "completion": CHAT[1:]}
-
-
 @pytest.mark.parametrize(
-    ("good", "column", "bad", "message"),
+    ("column", "value"),
     [
-        (IDS, "input_ids", [5, 999], ": 999 at position 1 .from 0. is out of range 0..258"),
-        (IDS, "input_ids", [5, -1], ": -1 at position 1"),
-        (IDS, "input_ids", [5, 6.5], " must be a list of whole numbers"),
-        (IDS, "input_ids", "56", " must be a list of whole numbers, not str '56'"),
-        (LABELLED, "labels", [5, 259], ": 259 at position 1 .from 0. is out of range 0..258"),
-        (LABELLED, "labels", [-100, -7], ": -7 at position 1"),
-        (LABELLED, "labels", [6, 7], ": 7 at position 1 .from 0., where the token is 6"),
-        (LABELLED, "labels", [5], " has 1 values for 2 input_ids"),
-        (LABELLED, "labels", None, " must be a list of whole numbers, not null or missing"),
-        ({**IDS, "assistant_masks": [0, 1]}, "assistant_masks", [0, 2], ": 2 at position 1"),
-        (TEXT, "text", None, " must be text, not null or missing"),
-        (TEXT, "text", 3, " must be text, not int 3"),
-        (MESSAGES, "messages", [], " must be a list of messages .* not an empty list"),
-        (MESSAGES, "messages", "hi", " must be a list of messages .* not str 'hi'"),
-        (
-            MESSAGES,
-            "messages",
-            [{"role": "human", "content": "x"}],
-            ": message 1 has the unknown role 'human'; roles are sys",
-        ),
-        (MESSAGES, "messages", [CHAT[0], {"content": "x"}], ": message 2 has the unknown role None"),
-        (
-            MESSAGES,
-            "messages",
-            [CHAT[0], {"role": "user"}],
-            ": the content of message 2 must be text, not null or missing",
-        ),
-        (
-            MESSAGES,
-            "messages",
-            [{"role": "user", "content": [1]}],
-            r": the content of message 1 must be text, not list \[1\]",
-        ),
-        (PAIR, "completion", CHAT[1:], " must be text, not list"),
-        (CHAT_PAIR, "completion", "a", " must be a list of messages"),
-        (CHAT_PAIR, "completion", None, " must be a list of messages .* not null or missing"),
+        ("messages", [SYSTEM, USER, {**CALL, "content": None}, TOOL, TOOL, ASSISTANT]),
+        ("messages", [{"role": "developer", "content": "x"}, SYSTEM, USER, {**CALL, "content": ""}]),
+        ("messages", [USER, USER, ASSISTANT, ASSISTANT]),
+        ("messages", [ASSISTANT, USER]),
+        ("messages", [SYSTEM]),
+        ("messages", [USER, {"role": "assistant", "content": ""}]),
+        ("messages", [USER, {"role": "assistant", "tool_calls": [{"name": "add", "arguments": "{}"}]}]),
+        ("prompt", CHAT),
+        ("prompt", [USER, CALL, TOOL]),
+        ("completion", [CALL, TOOL, ASSISTANT]),
+        ("completion", [CALL]),
+        ("completion", [ASSISTANT, USER, ASSISTANT]),
     ],
 )
-def test_a_bad_row_is_named(good, column, bad, message, tokenizer):
-    """As training reads it, past the first block."""
-    rows = [good] * 1500 + [{**good, column: bad}]
-    with pytest.raises(DataError, match=f"^rows.jsonl, row 1501, column '{column}'{message}") as caught:
-        encode_rows(rows, tokenizer, SFTDataConfig(), vocab_size=len(tokenizer), name="rows.jsonl")
-    assert "\n" not in str(caught.value)
+def test_orders_that_a_template_may_take(column, value):
+    assert len(Block({column: [value]}, 0, "d").messages(column)[0]) == len(value)
+
+
+def test_tools_and_template_kwargs():
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    rows = [{"text": "x", "tools": tools} for tools in ([tool], f"[{tool}]".replace("'", '"'), None, [], "", "[]")]
+    [block] = blocks([*rows, {"text": "x", "chat_template_kwargs": {"enable_thinking": False}}], "d")
+    assert block.tools() == [[tool], [tool], None, None, None, None, None]
+    assert block.template_kwargs() == [{}] * 6 + [{"enable_thinking": False}]
+    [bare] = blocks([{"text": "x"}], "d")
+    assert (bare.tools(), bare.template_kwargs()) == ([None], [{}])
+
+
+def test_numbers():
+    [block] = blocks([{"margin": 1}, {"margin": -0.5}], "d")
+    assert block.numbers("margin") == [1.0, -0.5]
+
+
+READERS = {
+    "text": lambda block: block.texts("text"),
+    "completion": lambda block: block.texts("completion"),
+    "messages": lambda block: block.messages("messages"),
+    "prompt": lambda block: block.messages("prompt"),
+    "answer": lambda block: block.messages("completion"),
+    "ids": lambda block: [block.integers("ids", i, 259) for i in range(len(block))],
+    "labels": lambda block: [block.label_mask(i, np.array([5, 6]), 259) for i in range(len(block))],
+    "tools": lambda block: block.tools(),
+    "kwargs": lambda block: block.template_kwargs(),
+    "label": lambda block: block.booleans("label"),
+    "margin": lambda block: block.numbers("margin"),
+}
+COLUMNS = {"answer": "completion", "kwargs": "chat_template_kwargs"}
+GOOD = {
+    **{"text": "ab", "completion": "b", "messages": CHAT, "prompt": [USER], "answer": [ASSISTANT], "ids": [5, 6]},
+    **{"labels": [5, 6], "tools": [{}], "kwargs": {"a": 1}, "label": True, "margin": 1.5},
+}
+BAD = [
+    ("text", None, " must be text, not null or missing"),
+    ("text", 3, " must be text, not int 3"),
+    ("text", CHAT, " must be text, not list"),
+    ("text", "x" * (MAX_CHARACTERS + 1), " has more than 10,000,000 characters: 10,000,001"),
+    ("completion", "", " is empty"),
+    ("messages", None, " must be a list of messages with role and content, not null"),
+    ("messages", [], " must be a list of messages .* not an empty list"),
+    ("messages", "hi", " must be a list of messages .* not str 'hi'"),
+    ("messages", [[]], " must be a list of messages"),
+    ("messages", [USER, 3], ": unknown role None of message 2"),
+    ("messages", [{"role": "human", "content": "x"}], ": unknown role 'human' of message 1; roles are system, dev"),
+    ("messages", [{"role": ["x"], "content": "x"}], r": unknown role \['x'\] of message 1"),
+    ("messages", [USER, {"role": "user"}], r": the content of a message must be text, not null or missing \(message 2"),
+    ("messages", [{"role": "user", "content": [1]}], r": the content of a message must be text, not list \[1\]"),
+    ("messages", [{**CALL, "role": "user"}], ": the content of a message must be text, not null"),
+    ("messages", [{"role": "assistant", "tool_calls": []}], ": the content of a message must be text, not null"),
+    (
+        "messages",
+        [{**ASSISTANT, "tool_calls": "add"}],
+        r": tool_calls must be a list of {function: .* not str 'add' \(",
+    ),
+    ("messages", [{**ASSISTANT, "tool_calls": [{"function": {}}]}], ": tool_calls must be a list"),
+    ("messages", [{"role": "user", "content": "x" * (MAX_CHARACTERS + 1)}], ": the content of a message has more than"),
+    ("messages", [USER, SYSTEM, ASSISTANT], ": a system message must come before all others, not as message 2"),
+    ("messages", [SYSTEM, TOOL], r": a tool cannot speak first \(message 2\)"),
+    ("prompt", [SYSTEM], " must have a message beside the system's"),
+    ("answer", [USER, ASSISTANT], " must begin with a message of the assistant, not of 'user'"),
+    ("answer", [SYSTEM, ASSISTANT], " must begin with a message of the assistant, not of 'system'"),
+    ("answer", [{"role": "assistant", "content": ""}], " is empty: the assistant says nothing"),
+    ("ids", None, " must be a list of whole numbers, not null"),
+    ("ids", "56", " must be a list of whole numbers, not str '56'"),
+    ("ids", [5, 6.5], " must be a list of whole numbers"),
+    ("ids", [5, 259], r": a value is out of range 0..258, 259 at position 1 \(from 0\)"),
+    ("ids", [5, -1], ": a value is out of range 0..258, -1 at position 1"),
+    ("ids", [5, 10**30], ": a value is out of range 0..258"),
+    ("labels", [5], " has not one value for each of input_ids: 1 for 2"),
+    ("labels", [-100, -1], ": a value is out of range 0..258, -1 at position 1"),
+    ("labels", [6, 7], r": a label must be its own token, .* 7 at position 1 \(from 0\), where the token is 6"),
+    ("tools", "[", r" must be a list of JSON schemas, or its JSON, not str '\['"),
+    ("tools", 3, " must be a list of JSON schemas"),
+    ("tools", ["add"], " must be a list of JSON schemas"),
+    ("kwargs", "{}", " must be an object, not str '{}'"),
+    ("label", -1, " must be true or false, not int -1"),
+    ("label", None, " must be true or false, not null"),
+    ("margin", None, " must be a finite number, not null"),
+    ("margin", float("nan"), " must be a finite number, not float nan"),
+    ("margin", True, " must be a finite number, not bool True"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD, ids=range(len(BAD)))
+def test_a_bad_row_is_named_or_left_out(name, value, message):
+    column, read = COLUMNS.get(name, name), READERS[name]
+    found = list(blocks([{column: GOOD[name]}] * 1003 + [{column: value}] + [{column: GOOD[name]}], "d.jsonl"))
+    read(found[0])
+    with pytest.raises(RowError, match=f"^d.jsonl, row 1004, column '{column}'{message}") as caught:
+        read(found[1])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+    bad_rows = BadRows("skip")
+    parts = bad_rows.attempt(found[1], read)
+    assert [part.place(i) for part, _ in parts for i in range(len(part))] == [
+        f"d.jsonl, row {n}" for n in (1001, 1002, 1003, 1005)
+    ]
+    assert sum(len(result) for _, result in parts) == 4
+    assert bad_rows.counts.total() == 1 and value != "x" and len(str(bad_rows)) < 120
+
+
+def test_rows_that_are_skipped_are_counted_by_reason():
+    rows = [{"text": "a"}, {"text": 3}, [], {"text": None}, {"text": "b"}, {"instruction": 3, "output": "x"}]
+    bad_rows, texts = BadRows("skip"), []
+    for block in blocks(rows, "d", bad_rows):
+        for part, found in bad_rows.attempt(block, lambda block: block.texts("text")):
+            texts += zip(map(part.place, range(len(part))), found, strict=True)
+    assert texts == [("d, row 1", "a"), ("d, row 5", "b")]
+    assert str(bad_rows) == (
+        "4 rows skipped: 2 x column 'text' must be text, 1 x a row must be an object with columns, "
+        "1 x column 'instruction' must be text"
+    )
+
+
+def test_a_dataset_of_bad_rows_only_is_an_error():
+    with pytest.raises(DataError, match="d has no row that can be used; 2 rows skipped: 2 x a row must be an object"):
+        list(blocks([1, 2], "d", BadRows("skip")))
+    with pytest.raises(RowError, match="d, row 1: a row must be an object"):
+        list(blocks([1, 2], "d"))
+
+
+def test_only_a_bad_row_is_skipped():
+    [block] = blocks([{"text": "a"}] * 3, "d")
+    for error in (DataError("all of it"), ValueError("a fault of ours")):
+        with pytest.raises(type(error)):
+            BadRows("skip").attempt(block, lambda _, error=error: (_ for _ in ()).throw(error))
+
+
+def test_bad_rows_cost_few_batches():
+    [block] = blocks([{"text": 3 if n in (100, 700) else "a"} for n in range(1000)], "d")
+    tried = []
+    parts = BadRows("skip").attempt(block, lambda part: tried.append(len(part)) or part.texts("text"))
+    assert sum(len(found) for _, found in parts) == 998
+    assert len(tried) < 45 and sum(tried) < 6 * 1000
+    tried.clear()
+    with pytest.raises(RowError, match="d, row 101,"):
+        BadRows("error").attempt(block, lambda part: tried.append(len(part)) or part.texts("text"))
+    assert tried == [1000]
+
+
+def test_garbage_in_a_cell_is_never_another_error():
+    """Every reader, against everything that JSON can hold."""
+    garbage = [None, True, 0, -1, 1e400, 10**40, "", "x", [], [None], [[]], [{}], {}, {"a": None}]
+    garbage += [[CHAT, 3], [USER, None], [3, USER], [USER, []], [{**USER, "x": {"y": [None]}}]]
+    garbage += [[{"role": value, "content": value}] for value in (None, 3, "user", [], {})]
+    garbage += [[{**ASSISTANT, "tool_calls": value}] for value in (0, "x", [None], [[]], [{}], [{"function": 3}])]
+    for name, read in READERS.items():
+        column = COLUMNS.get(name, name)
+        rows = as_rows([{column: value} for value in garbage for _ in range(2)] + [{column: GOOD[name]}], "d")
+        bad_rows = BadRows("skip")
+        kept = [part for block in blocks(rows, "d", bad_rows) for part, _ in bad_rows.attempt(block, read)]
+        assert sum(map(len, kept)) + bad_rows.counts.total() == 2 * len(garbage) + 1
+        assert kept[-1].place(len(kept[-1]) - 1) == f"d, row {2 * len(garbage) + 1}"

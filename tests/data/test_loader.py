@@ -40,7 +40,7 @@ def make_loader(examples, **changes):
         "num_lengths": 2,
         "multiple": 8,
     }
-    return Loader(examples, **{**options, **changes})
+    return Loader([[example] for example in examples], **{**options, **changes})
 
 
 def numbers(batch):
@@ -243,3 +243,38 @@ def test_a_batch_that_the_processes_cannot_share_is_refused():
 def test_bad_options_are_refused_at_once(options, message):
     with pytest.raises(ConfigError, match=message):
         LoaderConfig(**options)
+
+
+def test_packs_stay_together_and_their_examples_apart():
+    packs = [make_examples(3), make_examples(2, seed=1), make_examples(1, seed=2)]
+    options = {"global_batch_size": 3, "num_rows": 3, "num_steps": 1, "pad_id": 0, "seed": 0, "sampling": "sequential"}
+    batch = Loader(packs, **options, num_lengths=1, multiple=1).batch(0)
+    assert batch["segments"].max(axis=1).tolist() == [3, 2, 1]
+    assert batch["tokens"][0][batch["segments"][0] == 2].tolist() == packs[0][1].tokens.tolist()
+    assert np.all(batch["positions"][0][batch["segments"][0] == 3] == np.arange(len(packs[0][2].tokens)))
+
+
+def test_fingerprint_tells_other_batches_apart_but_not_other_processes():
+    examples = make_examples(20)
+    one = make_loader(examples).fingerprint()
+    assert one == make_loader(make_examples(20), process_count=2, num_rows=4, num_lengths=1).fingerprint()
+    other_mask = [*examples[:-1], Example(examples[-1].tokens, ~examples[-1].loss_mask)]
+    others = [
+        make_loader(examples[::-1]),
+        make_loader(other_mask),
+        make_loader(examples, seed=1),
+        make_loader(examples, global_batch_size=16),
+        make_loader(examples, sampling="sequential"),
+        Loader(
+            [examples],
+            global_batch_size=8,
+            num_rows=8,
+            num_steps=1,
+            pad_id=3,
+            seed=0,
+            sampling="random",
+            num_lengths=2,
+            multiple=8,
+        ),
+    ]
+    assert len({one, *(loader.fingerprint() for loader in others)}) == 7

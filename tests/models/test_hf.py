@@ -94,6 +94,7 @@ def test_sharded_index_is_read(folder):
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"num_hidden_layers": 3}, r"missing: model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"unexpected: model\.layers\.1"),
+        ({"num_hidden_layers": 4000}, "asks for 4000 tensors of one kind, the files hold 20 in all"),
         ({"intermediate_size": 48}, r"wrong shape: .*\[64, 32\] instead of \[48, 32\]"),
     ],
 )

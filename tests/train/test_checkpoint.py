@@ -27,8 +27,8 @@ def saved(folder, *steps, **config):
     checkpoints.close()
 
 
-def restore(folder, state, **config):
-    checkpoints = Checkpoints(folder, CheckpointConfig(**config))
+def restore(folder, state, data="", **config):
+    checkpoints = Checkpoints(folder, CheckpointConfig(**config), data)
     try:
         return checkpoints.restore(state)
     finally:
@@ -81,6 +81,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"expected bfloat16\[320, 32\]"):
         half = jax.tree.map(lambda x: x.astype("bfloat16") if x.ndim else x, make_state())
         restore(tmp_path / "checkpoints", half, resume_from_checkpoint="true")
+
+
+def test_a_checkpoint_of_other_batches_is_refused(tmp_path):
+    saved(tmp_path / "run", 4)
+    with pytest.raises(CheckpointError, match=r"run/4 was saved by a run over other batches"):
+        restore(tmp_path / "run", make_state(), data="other", resume_from_checkpoint="true")
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):

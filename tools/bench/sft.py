@@ -34,9 +34,10 @@ def shared(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
     from jaxpost import SFTConfig, SFTTrainer
-    from jaxpost.data.formats import load_rows
+    from jaxpost.data.rows import take
+    from jaxpost.data.sources import load_rows
 
-    rows = load_rows(args.dataset, "train").select(range(args.steps * args.batch_size))
+    rows = take(load_rows(args.dataset, "train"), args.steps * args.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             **shared(args, folder),

@@ -1,0 +1,143 @@
+"""Packing: which pieces of which examples share a row.
+
+Best-fit decreasing places the longest pieces first, each in the fullest row that still has room (Ding et al., 2024,
+"Fewer Truncations Improve Language Modeling", arXiv:2404.10830). It looks at the whole dataset, so rows fill better
+than with a packer that sees a block of rows at a time.
+"""
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpost.data.chat import Example
+from jaxpost.errors import ConfigError
+from jaxpost.options import one_of, option
+
+STRATEGIES = ("bfd", "bfd_split", "wrapped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """Whether rows share a row of max_length tokens; TRL's names and defaults."""
+
+    packing: bool = option(False, "Fill rows of max_length tokens with several examples, which never see each other.")
+    packing_strategy: str = option(
+        "bfd", "bfd (cuts long examples), bfd_split (splits them) or wrapped (cuts anywhere)."
+    )
+    eval_packing: bool | None = option(None, "The same for evaluation; by default as packing.")
+
+    def __post_init__(self) -> None:
+        one_of("packing_strategy", self.packing_strategy, STRATEGIES)
+
+    def packs(self, training: bool) -> bool:
+        """Whether rows are packed, of the training set or of the held-out one."""
+        return self.packing if training or self.eval_packing is None else self.eval_packing
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `stop` of an example."""
+
+    example: int
+    start: int
+    stop: int
+
+
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int, strategy: str = "bfd") -> list[list[Piece]]:
+    """Distribute examples over rows of at most `capacity` tokens; names and results are TRL's, over a whole dataset.
+
+    Args:
+        lengths: tokens of each example; examples without any are left out.
+        capacity: tokens of a row.
+        strategy: `bfd` cuts examples that are longer than a row; `bfd_split` goes on with the rest as a piece of its
+            own; `wrapped` fills rows one after the other and cuts wherever one is full.
+
+    Raises:
+        ConfigError: unknown strategy.
+    """
+    one_of("packing_strategy", strategy, STRATEGIES)
+    if strategy == "wrapped":
+        return _wrap(lengths, capacity)
+    if strategy == "bfd":
+        pieces = [Piece(i, 0, min(int(length), capacity)) for i, length in enumerate(lengths) if length]
+    else:
+        pieces = [
+            Piece(i, start, min(start + capacity, int(length)))
+            for i, length in enumerate(lengths)
+            for start in range(0, int(length), capacity)
+        ]
+    return _best_fit_decreasing(pieces, capacity)
+
+
+def _best_fit_decreasing(pieces: list[Piece], capacity: int) -> list[list[Piece]]:
+    """Ties keep the order of the examples; among rows with the same room the oldest is filled."""
+    rows: list[list[Piece]] = []
+    by_room: dict[int, deque[list[Piece]]] = {}
+    rooms: list[int] = []  # the keys of by_room in ascending order; at most `capacity` of them
+    for piece in sorted(pieces, key=lambda piece: piece.start - piece.stop):
+        size = piece.stop - piece.start
+        place = bisect_left(rooms, size)
+        if place == len(rooms):
+            row, room = [], capacity
+            rows.append(row)
+        else:
+            room = rooms[place]
+            row = by_room[room].popleft()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+        row.append(piece)
+        left = room - size
+        if left:
+            if left not in by_room:
+                by_room[left] = deque()
+                insort(rooms, left)
+            by_room[left].append(row)
+    return rows
+
+
+def _wrap(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[Piece]]:
+    rows: list[list[Piece]] = []
+    room = 0
+    for i, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            if not room:
+                rows.append([])
+                room = capacity
+            stop = min(int(length), start + room)
+            rows[-1].append(Piece(i, start, stop))
+            room -= stop - start
+            start = stop
+    return rows
+
+
+def efficiency(rows: Sequence[Sequence[Piece]], capacity: int) -> float:
+    """Share of the rows' tokens that is not padding."""
+    return sum(piece.stop - piece.start for row in rows for piece in row) / max(1, len(rows) * capacity)
+
+
+def pack_examples(
+    examples: Sequence[Example], max_length: int | None, strategy: str
+) -> tuple[list[tuple[Example, ...]], float]:
+    """Packs of examples that fill rows of `max_length` tokens, and how full they are.
+
+    A piece that begins inside of an example has lost what came before, so its first token is no target; packs without
+    any target are left out.
+
+    Raises:
+        ConfigError: there is no max_length.
+    """
+    if max_length is None:
+        raise ConfigError("packing fills rows of max_length tokens; give --max_length")
+    rows = pack([len(example.tokens) for example in examples], max_length, strategy)
+    packs = (tuple(_cut(examples[piece.example], piece) for piece in row) for row in rows)
+    return [part for part in packs if any(example.loss_mask.any() for example in part)], efficiency(rows, max_length)
+
+
+def _cut(example: Example, piece: Piece) -> Example:
+    mask = example.loss_mask[piece.start : piece.stop].copy()
+    mask[:1] = False
+    return Example(example.tokens[piece.start : piece.stop], mask)

@@ -1,0 +1,109 @@
+"""Rows to batches: what a run trains and evaluates on."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpost.data.formats import load_rows
+from jaxpost.data.loader import Loader
+from jaxpost.errors import ConfigError
+from jaxpost.methods import Encoded, Method
+
+MORE_LENGTHS = 8  # what a run with much padding is advised to compile
+
+
+class Pipeline(NamedTuple):
+    """How the rows of a run become batches.
+
+    Attributes:
+        method, args: of the run.
+        tokenizer: prepared.
+        vocab_size: embedding rows; an id beyond is refused.
+        groups: groups of devices that see different rows.
+        notes: what a user should know of the data; filled as it is read.
+    """
+
+    method: Method
+    args: Any
+    tokenizer: Any
+    vocab_size: int
+    groups: int
+    notes: list[str]
+
+    def loaders(self, train: Any = None, held_out: Any = None) -> tuple[Loader, Loader | None]:
+        """Batches to train on, and to evaluate on if the run does.
+
+        Args:
+            train: rows; by default those of `--dataset_name`.
+            held_out: likewise, for evaluation.
+
+        Raises:
+            ConfigError, DataError: there are no such rows, or they cannot be used.
+        """
+        args, name = self.args, self.args.dataset_name
+        if train is None:
+            if name is None:
+                raise ConfigError("no data: give --dataset_name (a file, a folder or a hub id)")
+            train = load_rows(name, args.dataset_train_split, args.dataset_config)
+            if held_out is None and args.evaluates:
+                held_out = load_rows(name, args.dataset_test_split, args.dataset_config)
+        if held_out is None and args.evaluates:
+            raise ConfigError("evaluation was asked for, but there is no eval_dataset")
+        loader = self.train_loader(train, f"{name or 'train_dataset'} ({args.dataset_train_split})")
+        if held_out is None:
+            return loader, None
+        return loader, self.eval_loader(held_out, f"{name or 'eval_dataset'} (evaluation)")
+
+    def train_loader(self, rows: Any, name: str) -> Loader:
+        """Batches of an optimizer step each."""
+        args, encoded = self.args, self.encode(rows, name, training=True)
+        micro_batches = args.gradient_accumulation_steps
+        size = args.per_device_train_batch_size * self.groups * micro_batches
+        loader = self._loader(
+            encoded,
+            size,
+            shared_rows=self.groups * micro_batches,
+            num_steps=args.total_steps(math.ceil(len(encoded.packs) / size)),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            sampling=args.train_sampling_strategy,
+        )
+        self.notes.append(padding_note(loader, args.length_buckets))
+        return loader
+
+    def eval_loader(self, rows: Any, name: str) -> Loader:
+        """Batches that cover the rows once, in order."""
+        encoded = self.encode(rows, name, training=False)
+        size = self.args.per_device_eval_batch_size * self.groups
+        steps = math.ceil(len(encoded.packs) / size)
+        return self._loader(encoded, size, shared_rows=self.groups, num_steps=steps, seed=0, sampling="sequential")
+
+    def encode(self, rows: Any, name: str, *, training: bool) -> Encoded:
+        """Rows as packs of tokenised examples."""
+        options = {"vocab_size": self.vocab_size, "name": name, "training": training}
+        encoded = self.method.encode(rows, self.tokenizer, self.args, **options)
+        self.notes.extend(encoded.notes)
+        return encoded
+
+    def _loader(self, encoded: Encoded, size: int, *, shared_rows: int, **options: Any) -> Loader:
+        # Packed rows are full already; the others are put one after the other where the run says so.
+        shares = self.args.padding_free and not encoded.full
+        return Loader(
+            encoded.packs,
+            global_batch_size=size,
+            num_rows=shared_rows if shares else size,
+            num_lengths=self.args.length_buckets,
+            # A tile of the attention kernel, unless the rows are shorter than that.
+            multiple=self.args.pad_to_multiple_of or (64 if jax.default_backend() == "cpu" else 128),
+            pad_id=0,  # any id will do: masks come from lengths
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            **options,
+        )
+
+
+def padding_note(loader: Loader, num_lengths: int) -> str:
+    """The row lengths and their padding, and what would lessen it where that is worth a few compilations."""
+    share, better = loader.padding(num_lengths), loader.padding(MORE_LENGTHS)
+    note = f"rows of {', '.join(map(str, loader.lengths))} tokens, {share:.0%} of them padding"
+    return note if share - better < 0.1 else f"{note} ({better:.0%} with --length_buckets {MORE_LENGTHS})"

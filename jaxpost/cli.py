@@ -4,6 +4,7 @@ A `--config` file is flags in YAML: its entries go through the same parser, befo
 """
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -74,6 +75,8 @@ def parse(config_class: Any, command: str, flags: list[str]) -> Any:
             action.nargs, action.const = "?", True
         if action.nargs == "+":  # a list may be empty
             action.nargs = "*"
+        if action.type is dict:
+            action.type = _mapping
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
 
     def refuse(message: str) -> Any:
@@ -110,6 +113,14 @@ def _take_nulls(words: list[str], config_class: Any) -> tuple[list[str], set[str
         rest.append(words[position])
         position += 1
     return rest, nulls
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """A JSON object, which is also how the mappings of a YAML file arrive here."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not a mapping")
+    return value
 
 
 def _nearest_flag(name: str, known: set[str]) -> str:
@@ -159,9 +170,18 @@ def _file_flags(path: Path, known: set[str]) -> list[str]:
         if key not in known:
             raise ConfigError(f"--config {path}, line {line}: unknown key {key!r}{nearest(key, known)}")
         values = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
-        if not all(isinstance(value, yaml.ScalarNode) for value in values):
+        if not all(isinstance(value, yaml.ScalarNode | yaml.MappingNode) for value in values):
             raise ConfigError(f"--config {path}, line {line}: {key!r} must be a value or a list of values")
         # `--key=value` keeps a leading minus sign from looking like a flag; argparse takes lists only apart.
-        words = ["null" if value.tag == "tag:yaml.org,2002:null" else value.value for value in values]
+        words = [_word(value) for value in values]
         flags += [f"--{key}={words[0]}"] if isinstance(value_node, yaml.ScalarNode) else [f"--{key}", *words]
     return flags
+
+
+def _word(node: Any) -> str:
+    """A value of a YAML file as it would stand on the command line."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        return json.dumps(yaml.SafeLoader("").construct_document(node), default=str)
+    return "null" if node.tag == "tag:yaml.org,2002:null" else node.value

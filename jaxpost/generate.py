@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxpost.data.chat import encode_prompt
-from jaxpost.data.formats import load_rows
+from jaxpost.data.sources import load_rows
 from jaxpost.data.tokenizer import eos_ids
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.models.checkpoint import open_checkpoint
@@ -30,6 +30,7 @@ class GenerateConfig:
     seed: int = option(0, "Same seed, same completions.")
     batch_size: int = option(16, "Prompts decoded together.")
     dtype: str = option("float32", "Parameters and computation: float32, bfloat16 or float16.")
+    allow_nonfinite_weights: bool = option(False, "Load a model even if its weights hold NaN or infinity.")
 
 
 def run_generate(config: GenerateConfig) -> None:
@@ -52,7 +53,13 @@ def run_generate(config: GenerateConfig) -> None:
         encode_prompt(prompt, tokenizer, vocab_size=vocab_size, name=str(config.dataset_name), row=row)
         for row, prompt in enumerate(rows["prompt"])
     ]
-    model = load(checkpoint, str(config.model_name_or_path), dtype=config.dtype, compute=Compute(dtype=config.dtype))
+    model = load(
+        checkpoint,
+        str(config.model_name_or_path),
+        dtype=config.dtype,
+        compute=Compute(dtype=config.dtype),
+        allow_nonfinite=config.allow_nonfinite_weights,
+    )
     completions = generate(
         model,
         prompts,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxpost.data.chat import Example, SFTDataConfig, encode_rows
+from jaxpost.data.bad_rows import BadRows
+from jaxpost.data.chat import ACCEPTED, Example, SFTDataConfig, encode_rows
 from jaxpost.data.loader import LoaderConfig
 from jaxpost.data.packing import PackingConfig, pack_examples
 from jaxpost.data.sources import DatasetConfig
@@ -74,9 +75,12 @@ def encode_sft(
     packed = config.packs(training)
     # The other strategies go on with what is beyond max_length.
     limit = {"max_length": None} if packed and config.packing_strategy != "bfd" else {}
-    cut = dataclasses.replace(config, **limit)
-    examples, (kept, dropped, truncated) = encode_rows(rows, tokenizer, cut, vocab_size=vocab_size, name=name)
-    notes = [f"{name}: {kept} rows, {dropped} without a token to train dropped, {truncated} truncated"]
+    cut, bad_rows = dataclasses.replace(config, **limit), BadRows(config.on_bad_row)
+    examples, (kept, dropped, truncated) = encode_rows(
+        rows, tokenizer, cut, vocab_size=vocab_size, name=name, bad_rows=bad_rows
+    )
+    notes = [f"{name}: {bad_rows}"] if bad_rows.counts else []
+    notes += [f"{name}: {kept} rows, {dropped} without a token to train dropped, {truncated} truncated"]
     if not packed:
         return Encoded([(example,) for example in examples], False, notes)
     packs, full = pack_examples(examples, config.max_length, config.packing_strategy)
@@ -84,17 +88,23 @@ def encode_sft(
     return Encoded(packs, True, notes)
 
 
+def sft_rows(config: SFTConfig) -> dict[str, Any]:
+    """Which types of rows can be trained on."""
+    return {"text_field": config.dataset_text_field, "accepted": ACCEPTED}
+
+
 class Method(NamedTuple):
-    """What the wiring needs to know of a method."""
+    """What the wiring needs to know of a method: its config, its objective, how it encodes rows and which it takes."""
 
     name: str
     config: type[Any]
     objective: Callable[[Any], Objective]
     encode: Callable[..., Encoded]
+    rows: Callable[[Any], dict[str, Any]]
 
 
 METHODS: dict[str, Method] = {
-    "sft": Method("sft", SFTConfig, lambda config: part_of(config, SFT), encode_sft),
+    "sft": Method("sft", SFTConfig, lambda config: part_of(config, SFT), encode_sft, sft_rows),
 }
 
 

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpost.data.formats import load_rows
 from jaxpost.data.loader import Loader
+from jaxpost.data.mixture import load_datasets
+from jaxpost.data.rows import take
 from jaxpost.errors import ConfigError
 from jaxpost.methods import Encoded, Method
 
@@ -43,11 +44,12 @@ class Pipeline(NamedTuple):
         """
         args, name = self.args, self.args.dataset_name
         if train is None:
-            if name is None:
-                raise ConfigError("no data: give --dataset_name (a file, a folder or a hub id)")
-            train = load_rows(name, args.dataset_train_split, args.dataset_config)
-            if held_out is None and args.evaluates:
-                held_out = load_rows(name, args.dataset_test_split, args.dataset_config)
+            train, configured = load_datasets(
+                args, seed=args.seed, evaluates=args.evaluates and held_out is None, **self.method.rows(args)
+            )
+            held_out = configured if held_out is None else held_out
+        if args.dataset_streaming:
+            train = self._needed(train)
         if held_out is None and args.evaluates:
             raise ConfigError("evaluation was asked for, but there is no eval_dataset")
         loader = self.train_loader(train, f"{name or 'train_dataset'} ({args.dataset_train_split})")
@@ -55,15 +57,26 @@ class Pipeline(NamedTuple):
             return loader, None
         return loader, self.eval_loader(held_out, f"{name or 'eval_dataset'} (evaluation)")
 
+    def _needed(self, rows: Any) -> Any:
+        """As many rows of a stream as the run can take, since it may have no end."""
+        args = self.args
+        if args.max_steps < 1:
+            raise ConfigError("dataset_streaming needs --max_steps: a stream has no length")
+        return take(rows, args.max_steps * self._train_size())
+
+    def _train_size(self) -> int:
+        """Packs of an optimizer step."""
+        args = self.args
+        return args.per_device_train_batch_size * self.groups * args.gradient_accumulation_steps
+
     def train_loader(self, rows: Any, name: str) -> Loader:
         """Batches of an optimizer step each."""
         args, encoded = self.args, self.encode(rows, name, training=True)
-        micro_batches = args.gradient_accumulation_steps
-        size = args.per_device_train_batch_size * self.groups * micro_batches
+        size = self._train_size()
         loader = self._loader(
             encoded,
             size,
-            shared_rows=self.groups * micro_batches,
+            shared_rows=self.groups * args.gradient_accumulation_steps,
             num_steps=args.total_steps(math.ceil(len(encoded.packs) / size)),
             seed=args.seed if args.data_seed is None else args.data_seed,
             sampling=args.train_sampling_strategy,

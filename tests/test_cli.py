@@ -91,7 +91,7 @@ BAD_YAML = {
     "lerning_rate: 1\n": "did you mean 'learning_rate'",
     "- 1\n": "expected a mapping",
     "a: [\n": "not valid YAML",
-    "learning_rate: {a: 1}\n": "must be a value or a list",
+    "learning_rate: {a: 1}\n": "invalid float value",
     "max_steps: many\n": "invalid int value: 'many'",
 }
 

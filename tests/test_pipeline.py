@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxpost import SFTConfig, SFTTrainer
-from jaxpost.errors import ConfigError
+from jaxpost.cli import parse
+from jaxpost.errors import ConfigError, DataError
 from jaxpost.methods import METHODS
 from jaxpost.pipeline import Pipeline
 from tests.conftest import make_tokenizer
@@ -51,3 +52,38 @@ def test_packing_changes_no_loss(tiny_folder, tmp_path):
 def test_packing_without_a_length_is_refused():
     with pytest.raises(ConfigError, match="give --max_length"):
         Pipeline(METHODS["sft"], SFTConfig(packing=True, max_length=None), make_tokenizer(), 320, 1, []).loaders(TEXTS)
+
+
+def test_bad_rows_are_skipped_and_counted_only_when_asked():
+    rows = [*TEXTS, {"text": None}, {"text": 3}]
+    pipeline = make_pipeline(on_bad_row="skip")
+    loader, _ = pipeline.loaders(rows)
+    assert loader.fingerprint() == make_pipeline().loaders(TEXTS)[0].fingerprint()
+    assert "2 rows skipped: 2 x column 'text' must be text" in pipeline.notes[0]
+    with pytest.raises(DataError, match="row 9, column 'text' must be text, not null"):
+        make_pipeline().loaders(rows)
+
+
+def test_preference_rows_are_not_trained_on_as_prompts():
+    with pytest.raises(DataError, match="chosen"):
+        make_pipeline().loaders([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+
+
+def test_a_mixture_in_yaml_and_rows_held_out_of_it(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {n}"}}\n' for n in range(6)))
+    entries = "".join(f"  - path: {tmp_path}/{name}.jsonl\n    weight: 1e0\n" for name in ("one", "two"))
+    (tmp_path / "run.yaml").write_text(f"datasets:\n{entries}test_split_size: 4\neval_strategy: epoch\n")
+    args = parse(SFTConfig, "sft", ["--config", str(tmp_path / "run.yaml")])
+    train, held_out = Pipeline(METHODS["sft"], args, make_tokenizer(), 320, 1, []).loaders()
+    assert train.batch(0)["segments"].max() == 8
+    assert held_out is not None and held_out.batch(0)["segments"].max() == 4
+
+
+def test_a_stream_needs_a_number_of_steps(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "ab"}\n' * 50)
+    options = {"dataset_name": str(tmp_path / "rows.jsonl"), "dataset_streaming": True}
+    with pytest.raises(ConfigError, match="needs --max_steps"):
+        make_pipeline(**options).loaders()
+    loader, _ = make_pipeline(**options, max_steps=3).loaders()
+    assert loader.steps_per_epoch == 3

@@ -5,11 +5,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxpost.data.formats import Block, blocks, detect_type, is_conversational, language_modeling_column
+from jaxpost.data.bad_rows import BadRows
+from jaxpost.data.formats import Block, DatasetType, blocks, row_type
 from jaxpost.data.tokenizer import default_template
 from jaxpost.errors import ConfigError, DataError, one_line
 from jaxpost.options import one_of, option
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ACCEPTED: tuple[DatasetType, ...] = ("tokenized", "prompt_completion", "language_modeling", "prompt_only")
 _Encoded = list[tuple[np.ndarray, np.ndarray]]  # int32 [T] tokens and bool [T] loss mask of each row
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TEMPLATE_REMEDY = "give one with --chat_template_path (a .jinja file, or a model that has one)"
@@ -76,12 +79,19 @@ class _Rule(NamedTuple):
 
 
 def encode_rows(
-    rows: "Rows", tokenizer: "Tokenizer", config: SFTDataConfig, *, vocab_size: int, name: str = "the dataset"
+    rows: "Rows",
+    tokenizer: "Tokenizer",
+    config: SFTDataConfig,
+    *,
+    vocab_size: int,
+    name: str = "the dataset",
+    bad_rows: BadRows | None = None,
 ) -> tuple[list[Example], Counts]:
-    """Tokenise rows of any type but prompt-only, in order, and drop those without a trained token.
+    """Tokenise rows of text, messages or completions, in order, and drop those without a trained token.
 
     Standard text and completions get the EOS text if they lack it; messages go through the chat template. `vocab_size`
-    is the number of embedding rows. `name` stands in messages, where rows are counted from 1.
+    is the number of embedding rows. `name` stands in messages, where rows are counted from 1. `bad_rows` decides what
+    becomes of rows that cannot be used; by default the first one is an error.
 
     Raises:
         DataError: no rows, wrong columns, a bad cell, or nothing left to train on.
@@ -89,28 +99,45 @@ def encode_rows(
     """
     if tokenizer.pad_token_id is not None:
         _check_ids(np.array([tokenizer.pad_token_id]), tokenizer, vocab_size, "padding (--pad_token)")
-    examples, rule, limit, truncated, mismatched = [], None, config.max_length or sys.maxsize, 0, 0
-    for block in blocks(rows, name):
+    bad_rows = bad_rows or BadRows()
+    examples, rule, seen, truncated, mismatched = [], None, 0, 0, 0
+    for block in blocks(rows, name, bad_rows):
         rule = rule or _rule(block, tokenizer, config, vocab_size)
-        encoded = _encode_tokenized(block, rule) if rule.kind == "tokenized" else _encode_whole(block, rule)
-        if rule.kind == "prompt_completion" and config.completion_only_loss is not False:
-            mismatched += _mask_prompts(encoded, block, rule)
-        for i, (tokens, loss_mask) in enumerate(encoded):
-            _check_ids(tokens, tokenizer, vocab_size, f"{name}, row {block.first + i + 1}")
-            if cut := len(tokens) > limit:
-                kept = slice(limit) if config.truncation_mode == "keep_start" else slice(-limit, None)
-                tokens, loss_mask = tokens[kept].copy(), loss_mask[kept].copy()
-            loss_mask[:1] = False
-            if loss_mask.any():
-                examples.append(Example(tokens, loss_mask))
-                truncated += cut
+        for part, (encoded, parted) in bad_rows.attempt(block, partial(_encode, rule=rule)):
+            mismatched += parted
+            seen += len(encoded)
+            for i, row in enumerate(encoded):
+                _check_ids(row[0], tokenizer, vocab_size, part.place(i))
+                example = _truncate(*row, config)
+                if example.loss_mask.any():
+                    examples.append(example)
+                    truncated += len(example.tokens) < len(row[0])
     if not examples:
-        found = f"{name}: none of the {len(rows)} rows has a token to train on within max_length {config.max_length}"
+        found = f"{name}: none of the {seen} rows has a token to train on within max_length {config.max_length}"
         raise DataError(f"{found} ({config.truncation_mode}); raise --max_length or check what is masked")
     if mismatched:
-        found = f"{name}: {mismatched} of {len(rows)} prompts are not the first tokens of their prompt + completion"
+        found = f"{name}: {mismatched} of {seen} prompts are not the first tokens of their prompt + completion"
         logger.warning(f"{found}; there the completion starts where they part, not where generation would start")
-    return examples, Counts(len(examples), len(rows) - len(examples), truncated)
+    return examples, Counts(len(examples), seen - len(examples), truncated)
+
+
+def _encode(block: Block, rule: _Rule) -> tuple[_Encoded, int]:
+    """Tokens and masks of a block's rows, and how many prompts are not the first tokens of their rows."""
+    if rule.kind == "tokenized":
+        return _encode_tokenized(block, rule), 0
+    encoded = _encode_whole(block, rule)
+    masks = rule.kind == "prompt_completion" and rule.config.completion_only_loss is not False
+    return encoded, _mask_prompts(encoded, block, rule) if masks else 0
+
+
+def _truncate(tokens: np.ndarray, loss_mask: np.ndarray, config: SFTDataConfig) -> Example:
+    """The end that is kept of a row; its first token is no target."""
+    limit = config.max_length or sys.maxsize
+    kept = slice(limit) if config.truncation_mode == "keep_start" else slice(-limit, None)
+    if len(tokens) > limit:
+        tokens, loss_mask = tokens[kept].copy(), loss_mask[kept].copy()
+    loss_mask[:1] = False
+    return Example(tokens, loss_mask)
 
 
 def encode_prompt(
@@ -140,22 +167,19 @@ def encode_prompt(
 
 def _rule(block: Block, tokenizer: "Tokenizer", config: SFTDataConfig, vocab_size: int) -> _Rule:
     """Find the type of the rows from the first block and check that the options fit it."""
-    first_row, name = {column: values[0] for column, values in block.columns.items()}, block.name
-    kind, column = detect_type(list(first_row), first_row, config.dataset_text_field, name), "prompt"
+    name, columns = block.name, block.columns
+    kind, column, conversational = row_type(block, config.dataset_text_field, ACCEPTED)
     if kind == "prompt_only":
-        raise DataError(f"{name} has no column 'completion' to train on beside 'prompt'; found {', '.join(first_row)}")
+        raise DataError(f"{name} has no column 'completion' to train on beside 'prompt'; found {', '.join(columns)}")
     if kind == "tokenized":
         wanted = {"completion_mask": config.completion_only_loss, "assistant_masks": config.assistant_only_loss}
-        for mask in (m for m in wanted if wanted[m] and m not in first_row and "labels" not in first_row):
+        for mask in (m for m in wanted if wanted[m] and m not in columns and "labels" not in columns):
             raise ConfigError(f"{name} needs a column {mask!r} or 'labels' to train on only that part of 'input_ids'")
-        if config.completion_only_loss is None and "completion_mask" in first_row and "labels" not in first_row:
+        if config.completion_only_loss is None and "completion_mask" in columns and "labels" not in columns:
             logger.warning(f"{name}: completion_mask does not count; for that set completion_only_loss to true")
         return _Rule(kind, "input_ids", False, config, tokenizer, vocab_size)
-    if kind == "language_modeling":
-        column = language_modeling_column(list(first_row), first_row, config.dataset_text_field) or column
-        if config.completion_only_loss:
-            raise ConfigError(f"completion_only_loss needs columns 'prompt' and 'completion'; {name} has {column!r}")
-    conversational = is_conversational(first_row[column])
+    if kind == "language_modeling" and config.completion_only_loss:
+        raise ConfigError(f"completion_only_loss needs columns 'prompt' and 'completion'; {name} has {column!r}")
     if config.assistant_only_loss:
         if not conversational:
             raise ConfigError(f"assistant_only_loss needs messages with roles, not the text of column {column!r}")
@@ -242,7 +266,7 @@ def _render(
         except TemplateSyntaxError as error:
             raise ConfigError(f"line {error.lineno} of the chat template is not Jinja: {one_line(error)}") from error
         except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{block.where(i, column)}: the chat template refuses it: {one_line(error)}") from error
+            raise block.error(i, column, ": the chat template refuses it", f": {one_line(error)}") from error
     return texts, spans if track else None
 
 

@@ -13,7 +13,6 @@ from jaxpost.data.bad_rows import BadRows
 from jaxpost.data.messages import COMPLETIONS, Part, is_conversational, messages_fault, text_fault
 from jaxpost.data.normalize import normalize
 from jaxpost.data.rows import BLOCK, Row, RowError, as_rows, cell_error, describe
-from jaxpost.data.sources import DatasetConfig, load_rows  # noqa: F401  until trainer and generate import sources
 from jaxpost.errors import DataError
 
 DatasetType = Literal[

@@ -210,7 +210,8 @@ def check_tensors(config: ModelConfig, head: str, checkpoint: Checkpoint, weight
     needed = hf_tensors(rows, shapes)
     if head == "lm" and SCORE in names:
         raise ConfigError(f'{source} is a reward model (it has {SCORE}); load it with head="reward"')
-    may_lack = {SCORE}
+    is_classifier = "ForSequenceClassification" in str(config.hf.get("architectures"))
+    may_lack = set() if is_classifier else {SCORE}
     ignored = {LM_HEAD} if config.tie_embeddings or head == "reward" else set()
     ignored |= {name for name in names if name.endswith("rotary_emb.inv_freq")}
     missing = sorted(set(needed) - names - may_lack)
@@ -250,14 +251,9 @@ def _check_tied(checkpoint: Checkpoint, source: str) -> None:
 def _check_finite(weights: Any, rows: dict[str, Row], mesh: Mesh, source: str) -> None:
     """Raise ConfigError if a weight is NaN or infinite."""
     leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
-    found = jax.device_get(_finite(list(leaves.values()), tuple(rows[path].stacked for path in leaves), mesh))
-    bad = sorted(
-        {
-            rows[path].hf_name.format(*at)
-            for path, flags in zip(leaves, found, strict=True)
-            for at in np.argwhere(~flags)
-        }
-    )
+    flags = jax.device_get(_finite(list(leaves.values()), tuple(rows[path].stacked for path in leaves), mesh))
+    finite = dict(zip(leaves, flags, strict=True))
+    bad = sorted({rows[path].hf_name.format(*at) for path, ok in finite.items() for at in np.argwhere(~ok)})
     if bad:
         raise ConfigError(
             f"{source}: NaN or infinity (in {jax.tree.leaves(weights)[0].dtype}) in {_few(bad, 3)}; the files are "

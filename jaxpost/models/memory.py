@@ -1,4 +1,4 @@
-"""How weights move through the host's memory: in blocks that fit the cache, without a copy more than it takes."""
+"""How weights move through the host's memory: in tiles that fit the cache, and without needless copies."""
 
 import math
 import mmap
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-BLOCK_ROWS = 16
+TILE, PADDING = (64, 512), 32  # elements
 ALIGNMENT = 64  # bytes; what XLA asks of memory that a CPU device is to use in place
 
 
@@ -19,19 +19,27 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """Copy and cast a vector or a matrix into another one of the same shape, either of them possibly transposed.
+    """Copy and cast a vector or a matrix into another of the same shape, either of them possibly transposed.
 
-    A few of the source's rows at a time: where a transposition spreads them over many lines of the cache, these are
-    still there for the next of the few, which is several times as fast as row after row.
+    Transposing goes tile by tile through memory whose rows do not compete for the same lines of the cache, as those of
+    a matrix with a power of two of columns do; that is ten times as fast as all at once.
     """
     if source.strides[0] < source.strides[-1]:
         source, target = source.T, target.T
     if source.dtype == target.dtype:  # numpy copies its own types faster than bfloat16
         bits = np.dtype(f"u{source.dtype.itemsize}")
         source, target = source.view(bits), target.view(bits)
-    for start in range(0, len(source), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        target[rows] = source[rows].astype(target.dtype, copy=False)
+    if target.strides[0] >= target.strides[-1]:
+        target[...] = source
+        return
+    num_rows, num_columns = TILE
+    padded = np.empty((num_rows, num_columns + PADDING), target.dtype)
+    for row in range(0, source.shape[0], num_rows):
+        for column in range(0, source.shape[1], num_columns):
+            at = slice(row, row + num_rows), slice(column, column + num_columns)
+            tile = padded[: source[at].shape[0], : source[at].shape[1]]
+            tile[...] = source[at]
+            target[at] = tile
 
 
 def release(array: np.ndarray) -> None:

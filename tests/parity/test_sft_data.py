@@ -16,7 +16,6 @@ CHATML = (
 TURNS = [
     ("What is 2 + 2?", "It is 4."),
     ("  Spaces first, naïve café ☕", "trailing newline\n"),
-    ("Say nothing.", ""),
     ("A long one: " + "count " * 30, "one two three " * 20),
     ("Ends with the token<|im_end|>", "so does this<|im_end|>"),
 ]

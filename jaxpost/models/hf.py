@@ -172,7 +172,8 @@ def _assemble(
         part = tensor if row.part is None else tensor[row.part.start : row.part.stop]
         for index, shard in shards.items():
             inner = tuple(slice(*bound) for bound in index[row.stacked :])
-            copy(shard[at], (part.T if row.transpose else part)[inner])
+            with np.errstate(over="ignore", invalid="ignore"):  # `_check_finite` says it better
+                copy(shard[at], (part.T if row.transpose else part)[inner])
         release(tensor)
 
     list(each(fill, np.ndindex(*shape[: row.stacked])))
@@ -251,9 +252,9 @@ def _check_tied(checkpoint: Checkpoint, source: str) -> None:
 def _check_finite(weights: Any, rows: dict[str, Row], mesh: Mesh, source: str) -> None:
     """Raise ConfigError if a weight is NaN or infinite."""
     leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
-    flags = jax.device_get(_finite(list(leaves.values()), tuple(rows[path].stacked for path in leaves), mesh))
-    finite = dict(zip(leaves, flags, strict=True))
-    bad = sorted({rows[path].hf_name.format(*at) for path, ok in finite.items() for at in np.argwhere(~ok)})
+    kinds = tuple((rows[path].stacked, leaf.sharding.spec) for path, leaf in leaves.items())
+    finite = dict(zip(leaves, jax.device_get(_finite(tuple(leaves.values()), kinds, mesh)), strict=True))
+    bad = sorted({rows[path].hf_name.format(*at) for path, flags in finite.items() for at in np.argwhere(flags == 0)})
     if bad:
         raise ConfigError(
             f"{source}: NaN or infinity (in {jax.tree.leaves(weights)[0].dtype}) in {_few(bad, 3)}; the files are "
@@ -262,14 +263,22 @@ def _check_finite(weights: Any, rows: dict[str, Row], mesh: Mesh, source: str) -
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _finite(parameters: list[Array], num_stacked: tuple[int, ...], mesh: Mesh) -> list[Array]:
-    """Whether each HF tensor of each parameter is finite; NaN makes both its maximum and its minimum NaN."""
-    found = []
-    for parameter, first in zip(parameters, num_stacked, strict=True):
-        axes = tuple(range(first, parameter.ndim))
-        finite = jnp.isfinite(jnp.max(parameter, axes)) & jnp.isfinite(jnp.min(parameter, axes))
-        found.append(jax.lax.with_sharding_constraint(finite, NamedSharding(mesh, P())))
-    return found
+def _finite(parameters: tuple[Array, ...], kinds: tuple[tuple[int, P], ...], mesh: Mesh) -> tuple[Array, ...]:
+    """1 for each HF tensor that is finite, else 0; `kinds` are the parameters' stacked axes and layouts.
+
+    Each device judges its own shards, since a maximum over devices may leave out NaN, which one over an array does not.
+    """
+
+    def judge(*shards: Array) -> tuple[Array, ...]:
+        found = []
+        for shard, (num_stacked, _) in zip(shards, kinds, strict=True):
+            axes = tuple(range(num_stacked, shard.ndim))
+            finite = jnp.isfinite(jnp.max(shard, axes)) & jnp.isfinite(jnp.min(shard, axes))
+            found.append(jax.lax.pmin(finite.astype(jnp.int32), mesh.axis_names))
+        return tuple(found)
+
+    specs = tuple(spec for _, spec in kinds)
+    return jax.shard_map(judge, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*parameters)
 
 
 def _few(names: list[str], count: int) -> str:

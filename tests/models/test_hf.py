@@ -1,5 +1,8 @@
+"""Loading: every weight where it belongs, in little memory, and nothing taken on trust."""
+
 import json
 import shutil
+from collections import Counter
 
 import jax
 import ml_dtypes
@@ -8,14 +11,28 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxpost import from_pretrained, save_pretrained
+from jaxpost import from_pretrained
 from jaxpost.errors import ConfigError
+from jaxpost.models import hf
+from jaxpost.models.checkpoint import open_checkpoint
 from jaxpost.sharding import make_mesh
-from tests.conftest import TINY_LLAMA, make_model
+from tests.conftest import make_model
+
+UP, EMBEDDING, HEAD, SCORE = (
+    "model.layers.1.mlp.up_proj.weight",
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    "score.weight",
+)
 
 
 def leaves(model):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
+
+
+def parameter(model, path):
+    """One of the model's parameters, e.g. `head.kernel`."""
+    return np.asarray(dict(nnx.to_flat_state(nnx.state(model)))[tuple(path.split("."))][...])
 
 
 @pytest.fixture
@@ -27,18 +44,18 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}])
-def test_round_trip_is_bit_equal(tmp_path, changes):
-    model = make_model(**changes)
-    save_pretrained(model, None, tmp_path / "a")
-    again = from_pretrained(tmp_path / "a")
-    for a, b in zip(leaves(model), leaves(again), strict=True):
-        np.testing.assert_array_equal(a, b)
-    save_pretrained(again, None, tmp_path / "b")
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert one.keys() == two.keys()
-    assert "lm_head.weight" in one or not changes
-    assert all(np.array_equal(one[name], two[name]) for name in one)
+def edit_weights(folder, **changes):
+    """Change tensors by name, or take them out with None."""
+    tensors = {**load_file(folder / "model.safetensors"), **changes}
+    save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
+
+
+def refusal(*args, **options):
+    """The message of the error that loading raises."""
+    with pytest.raises(ConfigError) as caught:
+        from_pretrained(*args, **options)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tensor=2", "data=2,tensor=4"])
@@ -46,22 +63,123 @@ def test_loading_onto_a_mesh_reads_the_same_weights(tiny_folder, mesh):
     plain, spread = from_pretrained(tiny_folder), from_pretrained(tiny_folder, mesh=make_mesh(mesh))
     for a, b in zip(leaves(plain), leaves(spread), strict=True):
         np.testing.assert_array_equal(a, b)
-    kernel = spread.layers.mlp.up.kernel[...]
+    kernel = nnx.to_pure_dict(nnx.state(spread))["layers"]["mlp"]["up"]["kernel"]
     assert len({str(shard.index) for shard in kernel.addressable_shards}) == (8 if "fsdp" in mesh else 4)
 
 
-def test_export_from_a_mesh_equals_the_source(tiny_folder, tmp_path):
-    save_pretrained(from_pretrained(tiny_folder, mesh=make_mesh("fsdp=4,tensor=2")), None, tmp_path / "out")
-    source, out = load_file(tiny_folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    assert all(np.array_equal(source[name], out[name]) for name in source)
+def test_each_file_may_have_dtypes_of_its_own_and_all_are_cast(folder):
+    tensors = load_file(folder / "model.safetensors")
+    dtypes = [np.float32, ml_dtypes.bfloat16, np.float16, np.float64]
+    mixed = {name: value.astype(dtypes[i % 4]) for i, (name, value) in enumerate(sorted(tensors.items()))}
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number, names in enumerate((sorted(mixed)[:9], sorted(mixed)[9:])):
+        save_file({name: mixed[name] for name in names}, folder / f"{number}.safetensors")
+        weight_map |= dict.fromkeys(names, f"{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for dtype in ("float32", "bfloat16", "float16"):
+        model = from_pretrained(folder, dtype=dtype, mesh=make_mesh("fsdp=4,tensor=2"))
+        np.testing.assert_array_equal(parameter(model, "layers.mlp.up.kernel")[1].T, mixed[UP].astype(dtype))
+        np.testing.assert_array_equal(parameter(model, "embed.embedding"), mixed[EMBEDDING].astype(dtype))
 
 
-def test_bfloat16_in_and_out(tiny_folder, tmp_path):
-    save_pretrained(from_pretrained(tiny_folder, dtype="bfloat16"), None, tmp_path / "half")
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
-    original, half = from_pretrained(tiny_folder), from_pretrained(tmp_path / "half")
-    for a, b in zip(leaves(original), leaves(half), strict=True):
-        np.testing.assert_array_equal(a.astype(ml_dtypes.bfloat16).astype(np.float32), b)
+class Counting:
+    """A checkpoint that counts how often each tensor is read."""
+
+    def __init__(self, folder):
+        self._checkpoint = open_checkpoint(folder)
+        self.config, self.generation_config = self._checkpoint.config, {}
+        self.names, self.shape, self.tokenizer = (
+            self._checkpoint.names,
+            self._checkpoint.shape,
+            self._checkpoint.tokenizer,
+        )
+        self.reads = Counter()
+
+    def read(self, name):
+        self.reads[name] += 1
+        return self._checkpoint.read(name)
+
+
+def test_each_tensor_is_read_once_and_each_shard_takes_only_its_slice(tiny_folder, monkeypatch):
+    checkpoint, taken, copy = Counting(tiny_folder), [], hf.copy
+    monkeypatch.setattr(hf, "copy", lambda target, source: (taken.append(source.shape), copy(target, source)))
+    model = hf.load(checkpoint, "tiny", mesh=make_mesh("fsdp=4,tensor=2"))
+    assert checkpoint.reads == dict.fromkeys(checkpoint.names(), 1)
+    # 4 x 2 shards of each kernel of each of the 2 layers; norms are whole, once for all devices.
+    slices = {(32 // 4, 64 // 2): 3 * 16, (64 // 2, 32 // 4): 2 * 16, (32 // 4, 32 // 2): 2 * 16, (160, 8): 8, (32,): 5}
+    assert Counter(taken) == slices
+    assert parameter(model, "layers.mlp.up.kernel").shape == (2, 32, 64)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mesh", [None, "fsdp=8"])
+def test_weights_that_are_not_finite_are_refused_by_name(folder, bad, mesh):
+    value = load_file(folder / "model.safetensors")[UP]
+    value[-1, -1] = bad
+    edit_weights(folder, **{UP: value, "model.norm.weight": np.full(32, bad, np.float32)})
+    mesh = mesh and make_mesh(mesh)
+    message = refusal(folder, mesh=mesh)
+    assert message.startswith(f"{folder}: NaN or infinity (in float32) in {UP}, model.norm.weight; ")
+    model = from_pretrained(folder, mesh=mesh, allow_nonfinite=True)
+    np.testing.assert_array_equal(parameter(model, "layers.mlp.up.kernel")[1].T, value)
+
+
+def test_weights_that_overflow_when_cast_are_refused(folder):
+    edit_weights(folder, **{UP: np.full((64, 32), 1e5, np.float32)})
+    assert len(leaves(from_pretrained(folder, dtype="bfloat16"))) == 11
+    assert f"NaN or infinity (in float16) in {UP};" in refusal(folder, dtype="float16")
+
+
+def test_a_tied_head_in_the_file_must_be_the_embedding(folder):
+    embedding = load_file(folder / "model.safetensors")[EMBEDDING]
+    edit_weights(folder, **{HEAD: embedding.copy()})
+    assert from_pretrained(folder).head is None
+    other = embedding.copy()
+    other[-1, -1] += 1e-3
+    for head in (other, embedding[:-1].copy()):
+        edit_weights(folder, **{HEAD: head})
+        assert "lm_head.weight differs from model.embed_tokens.weight; set tie_word_embeddings" in refusal(folder)
+    edit(folder / "config.json", tie_word_embeddings=False)
+    edit_weights(folder, **{HEAD: other})
+    np.testing.assert_array_equal(parameter(from_pretrained(folder), "head.kernel").T, other)
+
+
+def test_a_language_model_becomes_a_reward_model_with_a_new_head(folder, caplog):
+    edit(folder / "config.json", hidden_size=32, initializer_range=0.5)
+    with caplog.at_level("INFO", "jaxpost"):
+        model = from_pretrained(folder, head="reward")
+    assert f"{folder} has no score.weight: its reward head is new, normal with deviation 0.5" in caplog.messages
+    head = parameter(model, "head.kernel")
+    assert head.shape == (32, 1) and 0.25 < head.std() < 1
+    np.testing.assert_array_equal(model.embed.embedding[...], from_pretrained(folder).embed.embedding[...])
+    spread = from_pretrained(folder, head="reward", mesh=make_mesh("fsdp=8"), dtype="bfloat16")
+    np.testing.assert_array_equal(head.astype(ml_dtypes.bfloat16), parameter(spread, "head.kernel"))
+    assert model(np.array([[3, 4, 5]])).shape == (1, 3)
+    # An untied head is not needed then; a model that calls itself a classifier does need its own.
+    edit(folder / "config.json", tie_word_embeddings=False)
+    edit_weights(folder, **{HEAD: np.ones((320, 32), np.float32)})
+    np.testing.assert_array_equal(head, parameter(from_pretrained(folder, head="reward"), "head.kernel"))
+    edit(folder / "config.json", architectures=["LlamaForSequenceClassification"])
+    assert "missing: score.weight" in refusal(folder, head="reward")
+
+
+def test_the_deviation_of_a_new_head_has_a_default_and_must_be_a_number(folder):
+    assert 0.01 < parameter(from_pretrained(folder, head="reward"), "head.kernel").std() < 0.04
+    edit(folder / "config.json", initializer_range="wide")
+    assert "initializer_range = 'wide', expected float" in refusal(folder, head="reward")
+
+
+def test_a_reward_model_is_loaded_as_what_it_is(folder):
+    score = np.linspace(-1, 1, 32, dtype=np.float32)[None]
+    edit_weights(folder, **{SCORE: score})
+    np.testing.assert_array_equal(parameter(from_pretrained(folder, head="reward"), "head.kernel").T, score)
+    assert refusal(folder) == f'{folder} is a reward model (it has score.weight); load it with head="reward"'
+    edit_weights(folder, **{SCORE: np.ones((3, 32), np.float32)})
+    assert "wrong shape: score.weight [3, 32] instead of [1, 32]" in refusal(folder, head="reward")
+    edit(folder / "config.json", model_type="granite")
+    assert "transformers has no reward model of the family granite" in refusal(folder, head="reward")
+    assert "head is 'rewards' (did you mean 'reward'?)" in refusal(folder, head="rewards")
 
 
 def test_sharded_index_is_read(folder):
@@ -125,19 +243,3 @@ def test_damaged_weights_are_refused(folder):
     (folder / "model.safetensors").write_bytes(data[:-100])
     with pytest.raises(ConfigError, match="not a valid safetensors file"):
         from_pretrained(folder)
-
-
-def test_save_keeps_foreign_files_and_leaves_no_half_model(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "notes.txt").write_text("mine")
-    save_pretrained(make_model(), None, target)
-    assert (target / "notes.txt").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    with pytest.raises(ConfigError, match="is a file"):
-        save_pretrained(make_model(), None, target / "notes.txt")
-
-
-def test_config_json_survives(tiny_folder):
-    config = json.loads((tiny_folder / "config.json").read_text())
-    assert {name: config[name] for name in TINY_LLAMA} == TINY_LLAMA

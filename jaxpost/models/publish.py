@@ -1,6 +1,5 @@
 """A model folder that appears as a whole or not at all."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jaxpost.errors import CheckpointError, one_line
+from jaxpost.locks import locked
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -30,7 +30,7 @@ def replacing(target: Path) -> Iterator[Path]:
             for path in [*staging.rglob("*"), staging]:
                 _to_disk(path)
             if target.is_dir() and (any(target.iterdir()) or target.samefile(os.curdir)):
-                with _locked(target):
+                with locked(target):
                     _move_in(staging, target)
             else:
                 os.rename(staging, target)
@@ -43,40 +43,25 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, on the same file system; those of killed processes are removed."""
+    """A new folder beside `target`, on the same file system; those of killed processes are removed.
+
+    Where there are no locks, names are unique all the same: it takes two exports to the same folder at the same moment
+    to mix them.
+    """
     inside = target.is_dir() and (target.is_mount() or not os.access(target.parent, os.W_OK))
     home, prefix = target if inside else target.parent, f".{target.name}.saving-"
     home.mkdir(parents=True, exist_ok=True)
     for left in [path for path in home.iterdir() if path.name.startswith(prefix)]:
-        with _locked(left, wait=False) as abandoned:
+        with locked(left, wait=False) as abandoned:
             if abandoned:
                 shutil.rmtree(left, ignore_errors=True)
     staging = home / f"{prefix}{uuid.uuid4().hex}"
     staging.mkdir()
     try:
-        with _locked(staging):
+        with locked(staging):
             yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a folder's lock, which ends with the process at the latest; False if another one holds it.
-
-    A file system without locks never gives one; names are unique there too, so it takes two exports to the same folder
-    at the same moment to mix them.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except OSError:
-            held = False
-        yield held
-    finally:
-        os.close(handle)
 
 
 def _move_in(staging: Path, target: Path) -> None:

@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxpost.data.bad_rows import BadRows
-from jaxpost.data.chat import ACCEPTED, Example, SFTDataConfig, encode_rows
+from jaxpost.data.chat import ACCEPTED, Counts, SFTDataConfig, encode_rows
+from jaxpost.data.fingerprint import code_digest, digest, tokenizer_digest
 from jaxpost.data.loader import LoaderConfig
-from jaxpost.data.packing import PackingConfig, pack_examples
+from jaxpost.data.packing import PackingConfig, Packs, first_tokens, pack_examples, singles
+from jaxpost.data.rows import Rows, take
 from jaxpost.data.sources import DatasetConfig
+from jaxpost.data.store import Store, StoreConfig, stored
 from jaxpost.data.tokenizer import TokenizerConfig
 from jaxpost.errors import ConfigError
 from jaxpost.models.config import ModelConfig
@@ -31,6 +34,7 @@ class TrainConfig(
     ModelArguments,
     DatasetConfig,
     TokenizerConfig,
+    StoreConfig,
     LoaderConfig,
     OptimConfig,
     LoopConfig,
@@ -63,29 +67,68 @@ class Encoded(NamedTuple):
         notes: what became of the rows, for the user.
     """
 
-    packs: Sequence[Sequence[Example]]
+    packs: Packs
     full: bool
     notes: list[str]
 
 
 def encode_sft(
-    rows: Any, tokenizer: Any, config: "SFTConfig", *, vocab_size: int, name: str, training: bool
+    rows: Rows,
+    tokenizer: Any,
+    config: "SFTConfig",
+    *,
+    vocab_size: int,
+    training: bool,
+    num_packs: int | None = None,
 ) -> Encoded:
-    """Rows of text, messages or prompts with completions, packed if the config says so."""
-    packed = config.packs(training)
-    # The other strategies go on with what is beyond max_length.
-    limit = {"max_length": None} if packed and config.packing_strategy != "bfd" else {}
-    cut, bad_rows = dataclasses.replace(config, **limit), BadRows(config.on_bad_row)
-    examples, (kept, dropped, truncated) = encode_rows(
-        rows, tokenizer, cut, vocab_size=vocab_size, name=name, bad_rows=bad_rows
+    """Rows of text, messages or prompts with completions, packed if the config says so.
+
+    `num_packs` are enough: rows beyond are not read.
+    """
+    length = packed_length(config, training)
+    data = part_of(config, SFTDataConfig)
+    if length and config.packing_strategy != "bfd" and config.on_long_row == "truncate":
+        data = dataclasses.replace(data, max_length=None)  # these strategies go on with what is beyond
+    name, budget = rows.name, None
+    if num_packs is not None:
+        rows, budget = (rows, num_packs * length) if length else (take(rows, num_packs), None)
+    counts, bad_rows = Counts(), BadRows(config.on_bad_row)
+    examples = encode_rows(rows, tokenizer, data, vocab_size=vocab_size, name=name, bad_rows=bad_rows, counts=counts)
+    known = rows.identify(), tokenizer_digest(tokenizer)
+    store = stored(
+        examples if budget is None else first_tokens(examples, budget),
+        lambda: {"rows": dataclasses.asdict(counts), "bad_rows": dict(bad_rows.counts)},
+        folder=config.tokenized_cache_dir,
+        key=None if None in known else digest(code_digest(), *known, data, vocab_size, config.on_bad_row, budget),
     )
-    notes = [f"{name}: {bad_rows}"] if bad_rows.counts else []
-    notes += [f"{name}: {kept} rows, {dropped} without a token to train dropped, {truncated} truncated"]
-    if not packed:
-        return Encoded([(example,) for example in examples], False, notes)
-    packs, full = pack_examples(examples, config.max_length, config.packing_strategy)
-    notes.append(f"{name}: packed into {len(packs)} rows of up to {config.max_length} tokens, {full:.1%} full")
+    notes = row_notes(store, name)
+    if not length:
+        return Encoded(singles(store), False, notes)
+    packs = pack_examples(store, length, config.packing_strategy)
+    notes.append(f"{name}: packed into {len(packs)} rows of up to {length} tokens, {packs.efficiency(length):.1%} full")
     return Encoded(packs, True, notes)
+
+
+def packed_length(config: "SFTConfig", training: bool) -> int | None:
+    """Tokens of a packed row; None where rows are not packed.
+
+    Raises:
+        ConfigError: they are to be packed, but into no length.
+    """
+    if not config.packs(training):
+        return None
+    if config.max_length is None:
+        raise ConfigError("packing fills rows of max_length tokens; give --max_length")
+    return config.max_length
+
+
+def row_notes(store: Store, name: str) -> list[str]:
+    """What became of the rows of stored examples."""
+    rows, bad_rows = Counts(**store.facts["rows"]), BadRows()
+    bad_rows.counts.update(store.facts["bad_rows"])
+    long = f", {rows.too_long} too long left out" if rows.too_long else ""
+    kept = f"{rows.kept} rows, {rows.dropped} without a token to train dropped, {rows.truncated} truncated{long}"
+    return [*([f"{name}: {bad_rows}"] if bad_rows.counts else []), f"{name}: {kept}"]
 
 
 def sft_rows(config: SFTConfig) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Rows to batches: what a run trains and evaluates on."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxpost.data.loader import Loader
 from jaxpost.data.mixture import load_datasets
-from jaxpost.data.rows import take
+from jaxpost.data.rows import Rows, as_rows, formatted
 from jaxpost.errors import ConfigError
 from jaxpost.methods import Encoded, Method
 
@@ -23,6 +24,7 @@ class Pipeline(NamedTuple):
         vocab_size: embedding rows; an id beyond is refused.
         groups: groups of devices that see different rows.
         notes: what a user should know of the data; filled as it is read.
+        formatting: makes the text of a row, if the user gives such a function.
     """
 
     method: Method
@@ -31,16 +33,17 @@ class Pipeline(NamedTuple):
     vocab_size: int
     groups: int
     notes: list[str]
+    formatting: Callable[[Mapping[str, Any]], str] | None = None
 
-    def loaders(self, train: Any = None, held_out: Any = None) -> tuple[Loader, Loader | None]:
-        """Batches to train on, and to evaluate on if the run does.
+    def rows(self, train: Any = None, held_out: Any = None) -> tuple[Rows, Rows | None]:
+        """The rows to train on, and those to evaluate on if the run does.
 
         Args:
-            train: rows; by default those of `--dataset_name`.
+            train: by default those of `--dataset_name`.
             held_out: likewise, for evaluation.
 
         Raises:
-            ConfigError, DataError: there are no such rows, or they cannot be used.
+            ConfigError, DataError: there are no such rows.
         """
         args, name = self.args, self.args.dataset_name
         if train is None:
@@ -48,31 +51,34 @@ class Pipeline(NamedTuple):
                 args, seed=args.seed, evaluates=args.evaluates and held_out is None, **self.method.rows(args)
             )
             held_out = configured if held_out is None else held_out
-        if args.dataset_streaming:
-            train = self._needed(train)
         if held_out is None and args.evaluates:
             raise ConfigError("evaluation was asked for, but there is no eval_dataset")
-        loader = self.train_loader(train, f"{name or 'train_dataset'} ({args.dataset_train_split})")
-        if held_out is None:
-            return loader, None
-        return loader, self.eval_loader(held_out, f"{name or 'eval_dataset'} (evaluation)")
+        train = as_rows(train, f"{name or 'train_dataset'} ({args.dataset_train_split})")
+        return train, None if held_out is None else as_rows(held_out, f"{name or 'eval_dataset'} (evaluation)")
 
-    def _needed(self, rows: Any) -> Any:
-        """As many rows of a stream as the run can take, since it may have no end."""
-        args = self.args
-        if args.max_steps < 1:
-            raise ConfigError("dataset_streaming needs --max_steps: a stream has no length")
-        return take(rows, args.max_steps * self._train_size())
+    def loaders(self, train: Any = None, held_out: Any = None) -> tuple[Loader, Loader | None]:
+        """Batches to train on, and to evaluate on if the run does; arguments as of `rows`.
+
+        Raises:
+            ConfigError, DataError: there are no such rows, or they cannot be used.
+        """
+        train_rows, eval_rows = self.rows(train, held_out)
+        loader = self.train_loader(train_rows)
+        return loader, None if eval_rows is None else self.eval_loader(eval_rows)
 
     def _train_size(self) -> int:
         """Packs of an optimizer step."""
         args = self.args
         return args.per_device_train_batch_size * self.groups * args.gradient_accumulation_steps
 
-    def train_loader(self, rows: Any, name: str) -> Loader:
+    def train_loader(self, rows: Rows) -> Loader:
         """Batches of an optimizer step each."""
-        args, encoded = self.args, self.encode(rows, name, training=True)
-        size = self._train_size()
+        args, size, needed = self.args, self._train_size(), None
+        if args.dataset_streaming:  # it may have no end
+            if args.max_steps < 1:
+                raise ConfigError("dataset_streaming needs --max_steps: a stream has no length")
+            needed = args.max_steps * size
+        encoded = self.encode(rows, training=True, num_packs=needed)
         loader = self._loader(
             encoded,
             size,
@@ -84,16 +90,18 @@ class Pipeline(NamedTuple):
         self.notes.append(padding_note(loader, args.length_buckets))
         return loader
 
-    def eval_loader(self, rows: Any, name: str) -> Loader:
+    def eval_loader(self, rows: Rows) -> Loader:
         """Batches that cover the rows once, in order."""
-        encoded = self.encode(rows, name, training=False)
+        encoded = self.encode(rows, training=False)
         size = self.args.per_device_eval_batch_size * self.groups
         steps = math.ceil(len(encoded.packs) / size)
         return self._loader(encoded, size, shared_rows=self.groups, num_steps=steps, seed=0, sampling="sequential")
 
-    def encode(self, rows: Any, name: str, *, training: bool) -> Encoded:
-        """Rows as packs of tokenised examples."""
-        options = {"vocab_size": self.vocab_size, "name": name, "training": training}
+    def encode(self, rows: Rows, *, training: bool, num_packs: int | None = None) -> Encoded:
+        """Rows as packs of tokenised examples; `num_packs` are enough."""
+        if self.formatting is not None:
+            rows = formatted(rows, self.formatting, self.args.dataset_text_field)
+        options = {"vocab_size": self.vocab_size, "training": training, "num_packs": num_packs}
         encoded = self.method.encode(rows, self.tokenizer, self.args, **options)
         self.notes.extend(encoded.notes)
         return encoded

@@ -4,8 +4,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,18 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from jaxpost.base_model import open_base
 from jaxpost.data.loader import Loader
-from jaxpost.data.tokenizer import embedding_rows, num_ids, prepare_tokenizer, special_ids
+from jaxpost.data.rows import as_rows
 from jaxpost.errors import ConfigError
 from jaxpost.methods import METHODS, Method, SFTConfig, changed_fields, config_yaml, with_router_coef
-from jaxpost.models.checkpoint import open_checkpoint
 from jaxpost.models.export import save_pretrained
-from jaxpost.models.families import read_config
-from jaxpost.models.hf import load, place
-from jaxpost.models.resize import resize_embeddings
 from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Batch
 from jaxpost.pipeline import Pipeline
@@ -45,9 +40,10 @@ def SFTTrainer(
     train_dataset: Any = None,
     eval_dataset: Any = None,
     processing_class: Any = None,
+    formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> "Trainer":
     """Supervised fine-tuning with TRL's argument names; see `Trainer`."""
-    return Trainer(METHODS["sft"], model, args, train_dataset, eval_dataset, processing_class)
+    return Trainer(METHODS["sft"], model, args, train_dataset, eval_dataset, processing_class, formatting_func)
 
 
 class Trainer:
@@ -61,6 +57,7 @@ class Trainer:
         train_dataset: rows (a `datasets.Dataset` or a list of dicts); by default `args.dataset_name`.
         eval_dataset: likewise, for evaluation.
         processing_class: a transformers tokenizer; by default the model's. Tokens added to it grow the model.
+        formatting_func: makes the text to train on from a row.
 
     Raises:
         ConfigError, DataError: one line each, before anything is written.
@@ -74,6 +71,7 @@ class Trainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
     ):
         self.method = method
         self.args = method.config() if args is None else args
@@ -83,44 +81,21 @@ class Trainer:
         if cache := self.args.compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
         self.mesh = make_mesh(self.args.mesh)
-        model = self.args.model_name_or_path if model is None else model
-        if model is None:
-            raise ConfigError("no model: give --model_name_or_path (a hub id, a local folder or a .gguf file)")
-        self.notes: list[str] = []
-        compute = self.args.compute()
-        if isinstance(model, Decoder):
-            self.model_name, self.generation_config = "a given model", {}
-            config, tokenizer = model.config, processing_class
-            build = partial(place, model, compute, self.mesh)
-        else:
-            checkpoint = open_checkpoint(model, self.args.model_revision)
-            self.model_name, self.generation_config = str(model), checkpoint.generation_config
-            config = read_config(checkpoint.config, self.model_name)
-            tokenizer = processing_class or checkpoint.tokenizer()
-            build = partial(
-                load,
-                checkpoint,
-                self.model_name,
-                dtype=self.args.dtype,
-                compute=compute,
-                mesh=self.mesh,
-                allow_nonfinite=self.args.allow_nonfinite_weights,
-            )
-        if tokenizer is None:
-            raise ConfigError("no tokenizer: give processing_class along with a loaded model")
-        self.args = with_router_coef(self.args, config)
+        self.base = open_base(model, self.args, processing_class, self.mesh)
+        self.processing_class, self.notes = self.base.tokenizer, self.base.notes
+        self.args = with_router_coef(self.args, self.base.config)
         self.objective = method.objective(self.args)
-        self.processing_class = tokenizer = prepare_tokenizer(tokenizer, self.args)
-        vocab_size = embedding_rows(tokenizer, config.vocab_size)
-        if vocab_size > config.vocab_size:
-            grown = f"from {config.vocab_size} to {vocab_size} rows for the tokenizer's {num_ids(tokenizer)} ids"
-            self.notes.append(f"the vocabulary grew {grown}; new rows are the mean of the old ones")
-        special = special_ids(tokenizer, self.generation_config, config.hf, vocab_size)
-        self.generation_config = {**self.generation_config, **special}
-        self.pipeline = Pipeline(method, self.args, tokenizer, vocab_size, batch_groups(self.mesh), self.notes)
+        self.pipeline = Pipeline(
+            method,
+            self.args,
+            self.processing_class,
+            self.base.vocab_size,
+            batch_groups(self.mesh),
+            self.notes,
+            formatting_func,
+        )
         self.train_loader, self.eval_loader = self.pipeline.loaders(train_dataset, eval_dataset)
-        self.model: Decoder = resize_embeddings(build(), vocab_size)
-        self.model.config = replace(self.model.config, hf={**self.model.config.hf, **special})
+        self.model: Decoder = self.base.load()
 
     def train(self) -> dict[str, float]:
         """Run to the end and write the model, its metrics, curves and card to `output_dir`.
@@ -154,7 +129,7 @@ class Trainer:
                     step.prepare(state, annotate(state, put(loader.empty(length), self.mesh)))
                 state = fit(
                     state,
-                    source=offline(loader(int(state.step)), self.mesh),
+                    source=offline(loader, int(state.step), self.mesh),
                     annotate=annotate,
                     step=step,
                     evaluate=self._evaluation(graphdef, held_out) if held_out else None,
@@ -171,7 +146,7 @@ class Trainer:
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Held-out metrics of the model as it is now, by names that begin with `eval_`."""
         if eval_dataset is not None:
-            self.eval_loader = self.pipeline.eval_loader(eval_dataset, "eval_dataset")
+            self.eval_loader = self.pipeline.eval_loader(as_rows(eval_dataset, "eval_dataset"))
         if self.eval_loader is None:
             raise ConfigError("nothing to evaluate on: give eval_dataset, or --dataset_name with a test split")
         graphdef, params, frozen = nnx.split(self.model, nnx.Param, ...)
@@ -181,11 +156,11 @@ class Trainer:
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Write the model as it is now to a Hugging Face folder."""
-        save_pretrained(self.model, self.processing_class, path, generation_config=self.generation_config)
+        save_pretrained(self.model, self.processing_class, path, generation_config=self.base.generation_config)
 
     def _evaluation(self, graphdef: Any, loader: Loader) -> Callable[[TrainState], dict[str, float]]:
         step = make_eval_step(self.objective, graphdef)
-        return lambda state: evaluate(state, step, (put(batch, self.mesh) for batch in loader(0)))
+        return lambda state: evaluate(state, step, loader(0, partial(put, mesh=self.mesh)))
 
     def _schedule(self, total: int) -> Schedule:
         args, per_epoch = self.args, self.train_loader.steps_per_epoch
@@ -220,7 +195,7 @@ class Trainer:
         write_curves(self.output_dir)
         write_model_card(
             self.output_dir,
-            base_model=self.model_name,
+            base_model=self.base.name,
             dataset=self.args.dataset_name or "rows given in Python",
             method=self.method.name,
             config=changed_fields(self.args),
@@ -231,6 +206,7 @@ class Trainer:
         return metrics
 
 
-def offline(batches: Iterator[dict[str, np.ndarray]], mesh: jax.sharding.Mesh) -> Callable[[TrainState], Batch]:
-    """A source that reads rows from disk and ignores the state."""
-    return lambda state: put(next(batches), mesh)
+def offline(loader: Loader, start: int, mesh: jax.sharding.Mesh) -> Callable[[TrainState], Batch]:
+    """A source that reads rows from disk and ignores the state; batches are on the devices before they are needed."""
+    batches = loader(start, partial(put, mesh=mesh))
+    return lambda state: next(batches)

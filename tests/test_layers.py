@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 FLOOR = {
-    **dict.fromkeys(["sharding", "metrics", "errors", "options"], 1),
+    **dict.fromkeys(["sharding", "metrics", "errors", "options", "locks"], 1),
     **dict.fromkeys(["models", "data"], 2),
     **dict.fromkeys(["objectives", "rl"], 3),
     "train": 4,
-    "methods": 5,
+    **dict.fromkeys(["methods", "base_model"], 5),
     "pipeline": 6,
-    **dict.fromkeys(["trainer", "plan", "generate"], 7),
+    **dict.fromkeys(["trainer", "plan", "generate", "preview"], 7),
     "cli": 8,
     **dict.fromkeys(["__main__", "__init__"], 9),
 }

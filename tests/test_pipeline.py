@@ -1,5 +1,8 @@
 """Rows to batches: packed or not, what is trained is the same."""
 
+import itertools
+import json
+
 import numpy as np
 import pytest
 
@@ -87,3 +90,68 @@ def test_a_stream_needs_a_number_of_steps(tmp_path):
         make_pipeline(**options).loaders()
     loader, _ = make_pipeline(**options, max_steps=3).loaders()
     assert loader.steps_per_epoch == 3
+
+
+def pieces(loader, steps):
+    return [np.asarray(loader.batch(step)["tokens"]) for step in range(steps)]
+
+
+def tokenized_again(*args, **options):
+    raise AssertionError("the rows were tokenised again")
+    yield
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_without_an_end_is_read_as_far_as_the_run_goes(packing):
+    read = []
+
+    def endless():
+        for number in itertools.count():
+            read.append(number)
+            yield {"text": "ab" * (number % 30 + 1)}
+
+    loader, _ = make_pipeline(dataset_streaming=True, max_steps=40, packing=packing).loaders(endless)
+    assert len(loader.fingerprint()) == 32 and loader.num_steps == 40
+    assert loader.steps_per_epoch >= 40  # no row comes twice
+    assert max(read) < 10_000
+
+
+def test_a_file_is_tokenised_once_for_one_set_of_flags(tmp_path, monkeypatch):
+    data, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*TEXTS, {"text": None}]))
+
+    def loader(**options):
+        flags = {"dataset_name": str(data), "tokenized_cache_dir": str(cache), "on_bad_row": "skip", **options}
+        pipeline = make_pipeline(**flags)
+        found, _ = pipeline.loaders()
+        return found, pipeline.notes
+
+    first, notes = loader()
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxpost.methods.encode_rows", tokenized_again)
+        again, notes_again = loader()
+        loader(seed=7)
+        loader(packing=True)  # from the same examples
+        with pytest.raises(AssertionError, match="again"):
+            loader(dataset_text_field="body")
+    assert first.fingerprint() == again.fingerprint() and notes == notes_again
+    for one, other in zip(pieces(first, 3), pieces(again, 3), strict=True):
+        np.testing.assert_array_equal(one, other)
+    count = len(list(cache.iterdir()))
+    data.write_text(json.dumps(TEXTS[0]) + "\n")
+    loader()
+    assert len(list(cache.iterdir())) == count + 1 == 2
+
+
+def test_a_function_of_the_users_makes_the_text():
+    pipeline = make_pipeline(train_sampling_strategy="sequential", padding_free=False)
+    rows = [{"q": "1+1", "a": "2"}, {"q": "2+2", "a": "4"}]
+    loader, _ = pipeline._replace(formatting=lambda row: f"{row['q']}={row['a']}").loaders(rows)
+    assert [pipeline.tokenizer.decode(tokens[:6]) for tokens in loader.batch(0)["tokens"]] == [
+        "1+1=2<|im_end|>",
+        "2+2=4<|im_end|>",
+    ]
+    with pytest.raises(DataError, match=r"row 1: formatting_func fails \(KeyError: 'question'\)"):
+        pipeline._replace(formatting=lambda row: row["question"]).loaders(rows)
+    with pytest.raises(DataError, match="row 1: formatting_func must return text, not int 3"):
+        pipeline._replace(formatting=lambda row: 3).loaders(rows)

@@ -3,7 +3,7 @@
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,22 +12,19 @@ import numpy as np
 
 from jaxpost.data.bad_rows import BadRows
 from jaxpost.data.formats import Block, DatasetType, blocks, row_type
-from jaxpost.data.tokenizer import default_template
-from jaxpost.errors import ConfigError, DataError, one_line
+from jaxpost.data.rows import RowError
+from jaxpost.data.template import Renderer, Span
+from jaxpost.errors import ConfigError, DataError
 from jaxpost.options import one_of, option
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-    Rows = Dataset | Sequence[Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
 
 ACCEPTED: tuple[DatasetType, ...] = ("tokenized", "prompt_completion", "language_modeling", "prompt_only")
 _Encoded = list[tuple[np.ndarray, np.ndarray]]  # int32 [T] tokens and bool [T] loss mask of each row
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-TEMPLATE_REMEDY = "give one with --chat_template_path (a .jinja file, or a model that has one)"
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can write one alone, UTF-8 cannot
 
 
 class Example(NamedTuple):
@@ -43,12 +40,21 @@ class Example(NamedTuple):
     loss_mask: np.ndarray
 
 
-class Counts(NamedTuple):
-    """What became of the rows: `kept` + `dropped` (no target left) are all; `truncated` of the kept were cut."""
+@dataclass
+class Counts:
+    """What has become of the rows so far.
 
-    kept: int
-    dropped: int
-    truncated: int
+    Attributes:
+        kept: yielded, cut or not.
+        dropped: left out since they have no token to train on.
+        truncated: those of the kept that were cut.
+        too_long: left out since they are over max_length.
+    """
+
+    kept: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    too_long: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +62,20 @@ class SFTDataConfig:
     """How rows become tokens; TRL's names and defaults."""
 
     dataset_text_field: str = option("text", "column that holds the text of a language-modelling row")
-    max_length: int | None = option(1024, "tokens a row may have; longer rows are cut, null for no limit")
+    max_length: int | None = option(1024, "tokens a row may have (see on_long_row), null for no limit")
     truncation_mode: str = option("keep_start", "which end of a row over max_length to keep: keep_start, keep_end")
+    on_long_row: str = option(
+        "truncate",
+        "what becomes of a row over max_length: truncate (truncation_mode says which end stays), drop or error",
+    )
     completion_only_loss: bool | None = option(None, "train on the completion only; null: where rows have a completion")
-    assistant_only_loss: bool = option(False, "train on assistant turns only ({% generation %} in the chat template)")
+    assistant_only_loss: bool = option(
+        False, "train on assistant turns only, with or without {% generation %} in the chat template"
+    )
 
     def __post_init__(self) -> None:
         one_of("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
+        one_of("on_long_row", self.on_long_row, ("truncate", "drop", "error"))
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}; a row needs at least 2 tokens to train on")
 
@@ -76,31 +89,39 @@ class _Rule(NamedTuple):
     config: SFTDataConfig
     tokenizer: "Tokenizer"
     vocab_size: int
+    renderer: Renderer
+
+    @property
+    def masks_prompts(self) -> bool:
+        """Whether only the completions are trained."""
+        return self.kind == "prompt_completion" and self.config.completion_only_loss is not False
 
 
 def encode_rows(
-    rows: "Rows",
+    rows: Any,
     tokenizer: "Tokenizer",
     config: SFTDataConfig,
     *,
     vocab_size: int,
     name: str = "the dataset",
     bad_rows: BadRows | None = None,
-) -> tuple[list[Example], Counts]:
-    """Tokenise rows of text, messages or completions, in order, and drop those without a trained token.
+    counts: Counts | None = None,
+) -> Iterator[Example]:
+    """Tokenise rows (what `as_rows` takes) of text, messages or completions, and drop those without a trained token.
 
-    Standard text and completions get the EOS text if they lack it; messages go through the chat template. `vocab_size`
-    is the number of embedding rows. `name` stands in messages, where rows are counted from 1. `bad_rows` decides what
-    becomes of rows that cannot be used; by default the first one is an error.
+    Standard text and completions get the EOS text if they lack it; messages go through the chat template. Rows are read
+    a block at a time, as their examples are taken, and `counts` is added to. `vocab_size` is the number of embedding
+    rows. `name` stands in messages, where rows are counted from 1. `bad_rows` decides what becomes of rows that cannot
+    be used; by default the first one is an error.
 
     Raises:
-        DataError: no rows, wrong columns, a bad cell, or nothing left to train on.
+        DataError: no rows, wrong columns, a bad cell, or, after the last row, nothing to train on.
         ConfigError: an option, the tokenizer or its chat template does not fit the rows.
     """
     if tokenizer.pad_token_id is not None:
         _check_ids(np.array([tokenizer.pad_token_id]), tokenizer, vocab_size, "padding (--pad_token)")
-    bad_rows = bad_rows or BadRows()
-    examples, rule, seen, truncated, mismatched = [], None, 0, 0, 0
+    bad_rows, counts = bad_rows or BadRows(), counts or Counts()
+    rule, seen, kept, mismatched = None, 0, 0, 0
     for block in blocks(rows, name, bad_rows):
         rule = rule or _rule(block, tokenizer, config, vocab_size)
         for part, (encoded, parted) in bad_rows.attempt(block, partial(_encode, rule=rule)):
@@ -108,17 +129,17 @@ def encode_rows(
             seen += len(encoded)
             for i, row in enumerate(encoded):
                 _check_ids(row[0], tokenizer, vocab_size, part.place(i))
-                example = _truncate(*row, config)
-                if example.loss_mask.any():
-                    examples.append(example)
-                    truncated += len(example.tokens) < len(row[0])
-    if not examples:
+                example = _fit(*row, part.place(i), rule.config, bad_rows, counts)
+                if example is not None:
+                    kept += 1
+                    yield example
+    if not kept:
         found = f"{name}: none of the {seen} rows has a token to train on within max_length {config.max_length}"
-        raise DataError(f"{found} ({config.truncation_mode}); raise --max_length or check what is masked")
+        skipped = f"; {bad_rows}" if bad_rows.counts else ""
+        raise DataError(f"{found} ({config.truncation_mode}); raise --max_length or check what is masked{skipped}")
     if mismatched:
         found = f"{name}: {mismatched} of {seen} prompts are not the first tokens of their prompt + completion"
         logger.warning(f"{found}; there the completion starts where they part, not where generation would start")
-    return examples, Counts(len(examples), seen - len(examples), truncated)
 
 
 def _encode(block: Block, rule: _Rule) -> tuple[_Encoded, int]:
@@ -126,39 +147,61 @@ def _encode(block: Block, rule: _Rule) -> tuple[_Encoded, int]:
     if rule.kind == "tokenized":
         return _encode_tokenized(block, rule), 0
     encoded = _encode_whole(block, rule)
-    masks = rule.kind == "prompt_completion" and rule.config.completion_only_loss is not False
-    return encoded, _mask_prompts(encoded, block, rule) if masks else 0
+    return encoded, _mask_prompts(encoded, block, rule) if rule.masks_prompts else 0
 
 
-def _truncate(tokens: np.ndarray, loss_mask: np.ndarray, config: SFTDataConfig) -> Example:
-    """The end that is kept of a row; its first token is no target."""
-    limit = config.max_length or sys.maxsize
-    kept = slice(limit) if config.truncation_mode == "keep_start" else slice(-limit, None)
-    if len(tokens) > limit:
+def _fit(
+    tokens: np.ndarray, loss_mask: np.ndarray, place: str, config: SFTDataConfig, bad_rows: BadRows, counts: Counts
+) -> Example | None:
+    """A row of at most max_length tokens, counted; None if it is left out. Its first token is no target."""
+    limit, length = config.max_length or sys.maxsize, len(tokens)
+    if length > limit:
+        if config.on_long_row == "error":
+            found = f"{length:,} tokens, more than max_length {limit:,}"
+            remedy = "raise --max_length, or set --on_long_row to truncate or drop"
+            bad_rows.refuse(RowError(f"{place} has {found}; {remedy}", "more tokens than max_length"))
+            return None
+        if config.on_long_row == "drop":
+            counts.too_long += 1
+            return None
+        kept = slice(limit) if config.truncation_mode == "keep_start" else slice(-limit, None)
         tokens, loss_mask = tokens[kept].copy(), loss_mask[kept].copy()
     loss_mask[:1] = False
+    if not loss_mask.any():
+        counts.dropped += 1
+        return None
+    counts.kept += 1
+    counts.truncated += length > limit
     return Example(tokens, loss_mask)
 
 
 def encode_prompt(
-    prompt: str | list[dict], tokenizer: "Tokenizer", *, vocab_size: int, name: str = "the dataset", row: int = 0
+    prompt: str | list[dict],
+    tokenizer: "Tokenizer",
+    *,
+    vocab_size: int,
+    name: str = "the dataset",
+    row: int = 0,
+    tools: Any = None,
+    chat_template_kwargs: Any = None,
 ) -> np.ndarray:
     """Token ids int32 [T] of a prompt to generate from: text as it is, or messages up to the assistant's turn.
 
-    Messages that end with an assistant's are left open for the model to continue. `row` counts from 0.
+    Messages that end with an assistant's are left open for the model to continue. `row` counts from 0; `tools` and
+    `chat_template_kwargs` are its cells of these columns.
 
     Raises:
-        DataError: the prompt is not text or messages, or has no tokens.
+        DataError: the prompt is not text or messages, or has no tokens; another cell is wrong.
         ConfigError: there is no chat template, or an id is not below `vocab_size`.
     """
-    block = Block({"prompt": [prompt]}, row, name)
+    block = Block({"prompt": [prompt], "tools": [tools], "chat_template_kwargs": [chat_template_kwargs]}, row, name)
     if isinstance(prompt, str):
-        [(tokens, _)] = _tokenize([prompt], tokenizer)
+        [(tokens, _)] = _tokenize(block, "prompt", [prompt], tokenizer)
     else:
         messages = block.messages("prompt")
         ends = "continue_final_message" if messages[0][-1]["role"] == "assistant" else "add_generation_prompt"
-        texts, _ = _render(messages, tokenizer, block, "prompt", **{ends: True})
-        [(tokens, _)] = _tokenize(texts, tokenizer, special=False)
+        texts = Renderer(tokenizer).texts(block, "prompt", messages, **{ends: True})
+        [(tokens, _)] = _tokenize(block, "prompt", texts, tokenizer, special=False)
     if len(tokens) == 0:
         raise DataError(f"{block.where(0, 'prompt')} has no tokens to generate from")
     _check_ids(tokens, tokenizer, vocab_size, block.where(0, "prompt"))
@@ -177,19 +220,17 @@ def _rule(block: Block, tokenizer: "Tokenizer", config: SFTDataConfig, vocab_siz
             raise ConfigError(f"{name} needs a column {mask!r} or 'labels' to train on only that part of 'input_ids'")
         if config.completion_only_loss is None and "completion_mask" in columns and "labels" not in columns:
             logger.warning(f"{name}: completion_mask does not count; for that set completion_only_loss to true")
-        return _Rule(kind, "input_ids", False, config, tokenizer, vocab_size)
+        return _Rule(kind, "input_ids", False, config, tokenizer, vocab_size, Renderer(tokenizer))
     if kind == "language_modeling" and config.completion_only_loss:
         raise ConfigError(f"completion_only_loss needs columns 'prompt' and 'completion'; {name} has {column!r}")
     if config.assistant_only_loss:
         if not conversational:
             raise ConfigError(f"assistant_only_loss needs messages with roles, not the text of column {column!r}")
-        if not GENERATION.search(_template(tokenizer)):
-            raise ConfigError(f"assistant_only_loss needs a chat template with {{% generation %}}; {TEMPLATE_REMEDY}")
         if not tokenizer.is_fast:
             raise ConfigError("assistant_only_loss needs a fast tokenizer (tokenizer.json)")
     if not conversational and tokenizer.eos_token is None:
         raise ConfigError("the tokenizer has no EOS token to end the text with; name one with --eos_token")
-    return _Rule(kind, column, conversational, config, tokenizer, vocab_size)
+    return _Rule(kind, column, conversational, config, tokenizer, vocab_size, Renderer(tokenizer))
 
 
 def _encode_tokenized(block: Block, rule: _Rule) -> _Encoded:
@@ -209,23 +250,29 @@ def _encode_tokenized(block: Block, rule: _Rule) -> _Encoded:
 
 
 def _encode_whole(block: Block, rule: _Rule) -> _Encoded:
-    """Whole rows, trained throughout, or within {% generation %} if assistant_only_loss."""
+    """Whole rows, trained throughout, or where the assistant speaks if assistant_only_loss."""
     columns = ["prompt", "completion"] if rule.kind == "prompt_completion" else [rule.column]
-    if rule.conversational:
-        parts = zip(*(block.messages(column) for column in columns), strict=True)
-        whole = [[message for part in row for message in part] for row in parts]
-        texts, spans = _render(whole, rule.tokenizer, block, columns[-1], track=rule.config.assistant_only_loss)
-        return _tokenize(texts, rule.tokenizer, special=False, spans=spans)
-    eos, parts = str(rule.tokenizer.eos_token), zip(*(block.texts(column) for column in columns), strict=True)
-    return _tokenize(["".join(row) + ("" if row[-1].endswith(eos) else eos) for row in parts], rule.tokenizer)
+    column, tokenizer = columns[-1], rule.tokenizer
+    if not rule.conversational:
+        eos, parts = str(tokenizer.eos_token), zip(*(block.texts(column) for column in columns), strict=True)
+        texts = ["".join(row) + ("" if row[-1].endswith(eos) else eos) for row in parts]
+        return _tokenize(block, column, texts, tokenizer)
+    parts = [block.messages(column) for column in columns]
+    whole = [[message for part in row for message in part] for row in zip(*parts, strict=True)]
+    rule.renderer.warn_of_unused(block, column, whole)
+    if not rule.config.assistant_only_loss:
+        return _tokenize(block, column, rule.renderer.texts(block, column, whole), tokenizer, special=False)
+    first = [len(prompt) if rule.masks_prompts else 0 for prompt in parts[0]]
+    texts, spans = rule.renderer.spans(block, column, whole, first)
+    return _tokenize(block, column, texts, tokenizer, special=False, spans=spans)
 
 
 def _mask_prompts(encoded: _Encoded, block: Block, rule: _Rule) -> int:
     """Clear the masks up to the completion: tokens shared with the prompt alone. Returns how many prompts differ."""
     prompts, differing = block.columns["prompt"], 0
     if rule.conversational:
-        prompts, _ = _render(block.messages("prompt"), rule.tokenizer, block, "prompt", add_generation_prompt=True)
-    alone = _tokenize(prompts, rule.tokenizer, special=not rule.conversational)
+        prompts = rule.renderer.texts(block, "prompt", block.messages("prompt"), add_generation_prompt=True)
+    alone = _tokenize(block, "prompt", prompts, rule.tokenizer, special=not rule.conversational)
     for (prompt, _), (ids, mask) in zip(alone, encoded, strict=True):
         shared = min(len(prompt), len(ids))
         start = int(np.argmin(np.append(prompt[:shared] == ids[:shared], False)))  # where they part
@@ -234,48 +281,27 @@ def _mask_prompts(encoded: _Encoded, block: Block, rule: _Rule) -> int:
     return differing
 
 
-def _tokenize(texts: list[str], tokenizer: "Tokenizer", special: bool = True, spans: list | None = None) -> _Encoded:
-    """Whole texts as tokens, with BOS and the like if `special`; `spans`, if given, are the trained characters."""
-    encoding = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=spans is not None, verbose=False)
+def _tokenize(
+    block: Block,
+    column: str,
+    texts: list[str],
+    tokenizer: "Tokenizer",
+    special: bool = True,
+    spans: list[list[Span]] | None = None,
+) -> _Encoded:
+    """The rows' texts as tokens, with BOS and the like if `special`; `spans`, if given, are what is trained."""
+    for i, text in enumerate(texts):
+        if not text.isascii() and (lone := SURROGATE.search(text)):
+            raise block.error(i, column, " has half of a character (a surrogate)", f": {lone.group()!a}")
+    tracks = spans is not None
+    encoding = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=tracks, verbose=False)
     tokens = [np.array(ids, np.int32) for ids in encoding["input_ids"]]
-    masks = [np.full(len(ids), spans is None) for ids in tokens]
+    masks = [np.full(len(ids), not tracks) for ids in tokens]
     for mask, row_spans, offsets in zip(masks, spans, encoding["offset_mapping"], strict=True) if spans else ():
         starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
         for start, end in row_spans:  # a token that shares a character with the span belongs to it
             mask |= (starts < end) & (ends > start)
     return list(zip(tokens, masks, strict=True))
-
-
-def _render(
-    chats: list[list[dict]], tokenizer: "Tokenizer", block: Block, column: str, track: bool = False, **kwargs: Any
-) -> tuple[list[str], list[list[tuple[int, int]]] | None]:
-    """The text of each conversation and, if `track`, the character ranges of its {% generation %} blocks."""
-    from jinja2 import TemplateError, TemplateSyntaxError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template, texts, spans = _template(tokenizer), [], []
-    special: dict[str, Any] = tokenizer.special_tokens_map
-    for i, chat in enumerate(chats):
-        try:
-            if track:
-                found = render_jinja_template([chat], None, None, template, True, **special)
-                texts += found[0]
-                spans += found[1]
-            else:
-                texts.append(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
-        except TemplateSyntaxError as error:
-            raise ConfigError(f"line {error.lineno} of the chat template is not Jinja: {one_line(error)}") from error
-        except (TemplateError, TypeError, ValueError) as error:
-            raise block.error(i, column, ": the chat template refuses it", f": {one_line(error)}") from error
-    return texts, spans if track else None
-
-
-def _template(tokenizer: "Tokenizer") -> str:
-    """The tokenizer's chat template, which conversations cannot do without."""
-    template = default_template(tokenizer)
-    if template is None:
-        raise ConfigError(f"the tokenizer has no chat template, and the rows hold messages; {TEMPLATE_REMEDY}")
-    return template
 
 
 def _check_ids(ids: np.ndarray, tokenizer: "Tokenizer", vocab_size: int, what: str) -> None:

@@ -6,11 +6,12 @@ Only the array in a `.json` file is read as a whole.
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxpost.data.fingerprint import file_digest
 from jaxpost.data.rows import BLOCK, Row, RowError, Rows, checked_row, dataset_rows
 from jaxpost.errors import DataError, one_line
 
@@ -39,6 +40,10 @@ def read_file(path: Path) -> Rows:
     raise DataError(f"{path}: cannot read this kind of file; give one that ends in {', '.join(SUFFIXES)}")
 
 
+def _rows(path: Path, read: Callable[[int], Iterator[Row | RowError]], measure: Callable[[], int]) -> Rows:
+    return Rows(str(path), read, measure, functools.partial(file_digest, path))
+
+
 def _starts_an_array(path: Path) -> bool:
     return path.suffix.lower() == ".json" and re.match(rb"\s*\[", next(_lines(path))[1]) is not None
 
@@ -52,7 +57,7 @@ def _json_array(path: Path) -> Rows:
         found = enumerate(_parse(data, path, 1), start=1)
         return [checked_row(value, f"{path}, row {number}") for number, value in found]
 
-    return Rows(str(path), lambda start: iter(rows()[start:]), lambda: len(rows()))
+    return _rows(path, lambda start: iter(rows()[start:]), lambda: len(rows()))
 
 
 def _json_lines(path: Path) -> Rows:
@@ -61,7 +66,7 @@ def _json_lines(path: Path) -> Rows:
             if number > start:
                 yield _parse_row(data, path, number, line)
 
-    return Rows(str(path), read, lambda: sum(1 for _ in _lines(path)))
+    return _rows(path, read, lambda: sum(1 for _ in _lines(path)))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -129,7 +134,7 @@ def _parquet_file(path: Path) -> Rows:
             first, group = first + size, group + 1
         return _batch_rows(file.iter_batches(BLOCK, row_groups=range(group, file.num_row_groups)), path, start, first)
 
-    return Rows(str(path), read, lambda: num_rows)
+    return _rows(path, read, lambda: num_rows)
 
 
 def _open_parquet(path: Path) -> "ParquetFile":
@@ -154,7 +159,7 @@ def _arrow_file(path: Path) -> Rows:
             batch.validate(full=True)  # or the offsets in a damaged file would be followed anywhere
             yield batch
 
-    return Rows(str(path), lambda start: _batch_rows(batches(), path, start), lambda: len(table))
+    return _rows(path, lambda start: _batch_rows(batches(), path, start), lambda: len(table))
 
 
 def _batch_rows(batches: "Iterator[RecordBatch]", path: Path, start: int, first: int = 0) -> Iterator[Row | RowError]:

@@ -82,6 +82,9 @@ class RowType(NamedTuple):
     column: str
     conversational: bool
 
+    def __str__(self) -> str:
+        return f"{self.kind} with {'messages' if self.conversational else 'no messages'}"
+
 
 def row_type(
     block: "Block", text_field: str = "text", accepted: Collection[DatasetType] = tuple(TYPE_COLUMNS)

@@ -1,15 +1,17 @@
 """Packs of examples to padded batches: a global order that the seed alone decides, one slice for each process."""
 
 import functools
-import hashlib
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from jaxpost.data.chat import Example
+from jaxpost.data.fingerprint import digest
+from jaxpost.data.packing import Packs
 from jaxpost.errors import ConfigError
 from jaxpost.options import one_of, option
 
@@ -77,7 +79,7 @@ class Loader:
 
     def __init__(
         self,
-        packs: Sequence[Sequence[Example]],
+        packs: Packs,
         *,
         global_batch_size: int,
         num_rows: int,
@@ -96,7 +98,7 @@ class Loader:
                 f"a batch of {num_rows} rows cannot be divided among {process_count} processes; change "
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )
-        self._sizes = np.array([sum(len(example.tokens) for example in pack) for pack in packs], np.int64)
+        self._sizes = packs.sizes
         self._packs, self._global_batch_size, self._num_rows = packs, global_batch_size, num_rows
         self._pad_id, self._seed, self._sampling, self._multiple = pad_id, seed, sampling, multiple
         self._process_index, self._process_count = process_index, process_count
@@ -117,15 +119,7 @@ class Loader:
 
         The number of processes, rows and row lengths is not in it: none of them changes which packs a batch holds.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((self._seed, self._sampling, self._global_batch_size)).encode())
-        for pack in self._packs:
-            digest.update(len(pack).to_bytes(4, "little"))
-            for example in pack:
-                digest.update(len(example.tokens).to_bytes(4, "little"))
-                digest.update(np.ascontiguousarray(example.tokens).data)
-                digest.update(np.packbits(example.loss_mask).data)
-        return digest.hexdigest()
+        return digest(self._packs.digest(), self._seed, self._sampling, self._global_batch_size)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Indices of the packs, int64 [N], in the order of this epoch."""
@@ -173,13 +167,18 @@ class Loader:
         """This process's rows of a batch of that row length with nothing in it, to compile for."""
         return collate([[]] * (self._num_rows // self._process_count), length, self._pad_id)
 
-    def __call__(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """Iterate over the batches from number `start_step` on, made ahead of their use in background threads."""
+    def __call__(
+        self, start_step: int, place: Callable[[dict[str, np.ndarray]], Any] = lambda batch: batch
+    ) -> Iterator[Any]:
+        """Iterate over the batches from number `start_step` on, made ahead of their use in background threads.
+
+        `place` is the last thing that is done to each there: putting it on the devices.
+        """
         import grain
 
         options = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
         steps = grain.MapDataset.range(start_step, max(start_step, self.num_steps))
-        return iter(steps.map(self.batch).to_iter_dataset(options))
+        return iter(steps.map(self.batch).map(place).to_iter_dataset(options))
 
     def _indices(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.steps_per_epoch)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxpost.data.bad_rows import BadRows
-from jaxpost.data.formats import TYPE_COLUMNS, DatasetType, blocks, row_type
-from jaxpost.data.rows import Row, RowError, Rows, join, take
+from jaxpost.data.formats import TYPE_COLUMNS, DatasetType, RowType, blocks, row_type
+from jaxpost.data.rows import Row, RowError, Rows, identity, join, take
 from jaxpost.data.sources import DataFiles, DatasetConfig, load_rows
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.options import nearest
@@ -185,20 +185,27 @@ def select(rows: Rows, columns: Sequence[str]) -> Rows:
             else:
                 yield row._replace(cells={column: row.cells[column] for column in columns if column in row.cells})
 
-    return Rows(rows.name, read, rows.measure)
+    return Rows(rows.name, read, rows.measure, identity([rows], "select", *columns))
 
 
 def _check_types(parts: Sequence[Rows], text_field: str, accepted: Collection[DatasetType]) -> None:
     """Raise unless the first rows of all parts are of one type, and all standard or all conversational."""
     first = None
     for part in parts:
-        block = next(blocks(take(part, SAMPLE), part.name, BadRows("skip")))
-        kind, column, conversational = row_type(block, text_field, accepted)
-        found = f"{kind} with {'messages' if conversational else 'no messages'}"
-        if first is not None and found != first[0]:
-            told = f"{first[1]} is {first[0]}, but {part.name} is {found} (told by column {column!r})"
+        kind = type_of(part, text_field, accepted)
+        if first is not None and str(kind) != first[0]:
+            told = f"{first[1]} is {first[0]}, but {part.name} is {kind} (told by column {kind.column!r})"
             raise DataError(f"a mixture must be of one type: {told}")
-        first = first or (found, part.name)
+        first = first or (str(kind), part.name)
+
+
+def type_of(rows: Rows, text_field: str = "text", accepted: Collection[DatasetType] = tuple(TYPE_COLUMNS)) -> RowType:
+    """The type of rows, from the first of them that can be used.
+
+    Raises:
+        DataError: none can, or their columns are not accepted.
+    """
+    return row_type(next(blocks(take(rows, SAMPLE), rows.name, BadRows("skip"))), text_field, accepted)
 
 
 def _fractions(parts: Sequence[Rows], shares: Sequence[float]) -> list[Rows]:
@@ -243,7 +250,8 @@ def interleave(parts: Sequence[Rows], weights: Sequence[float], seed: int) -> Ro
         raise AssertionError("turns never end")
 
     sized = all(part.measure is not None for part in parts)
-    return Rows("the mixture", read, measure if sized else None)
+    how = ("interleave", seed, *weights)
+    return Rows("the mixture", read, measure if sized else None, identity(parts, *how))
 
 
 def hold_out(rows: Rows, size: float, seed: int) -> tuple[Rows, Rows]:
@@ -278,4 +286,4 @@ def _chosen(rows: Rows, mask: np.ndarray) -> Rows:
             first = int(numbers[start])
             yield from (row for row, is_chosen in zip(rows(first), mask[first:], strict=False) if is_chosen)
 
-    return Rows(rows.name, read, lambda: len(numbers))
+    return Rows(rows.name, read, lambda: len(numbers), identity([rows], "chosen", numbers.tobytes()))

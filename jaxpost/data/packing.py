@@ -7,14 +7,15 @@ than with a packer that sees a block of rows at a time.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpost.data.chat import Example
-from jaxpost.errors import ConfigError
+from jaxpost.data.fingerprint import digest
+from jaxpost.data.store import Store
 from jaxpost.options import one_of, option
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
@@ -114,30 +115,70 @@ def _wrap(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[Piece
     return rows
 
 
-def efficiency(rows: Sequence[Sequence[Piece]], capacity: int) -> float:
-    """Share of the rows' tokens that is not padding."""
-    return sum(piece.stop - piece.start for row in rows for piece in row) / max(1, len(rows) * capacity)
+class Packs(Sequence[tuple[Example, ...]]):
+    """Pieces of stored examples that stay together in a row; `packs[i]` reads those of one.
 
+    A piece that begins inside of an example has lost what came before, so its first token is no target.
 
-def pack_examples(
-    examples: Sequence[Example], max_length: int | None, strategy: str
-) -> tuple[list[tuple[Example, ...]], float]:
-    """Packs of examples that fill rows of `max_length` tokens, and how full they are.
+    Args:
+        examples: stored.
+        pieces: int64 [P, 3], the fields of Piece; those of a pack follow each other.
+        ends: int64 [N], where each pack ends among the pieces.
 
-    A piece that begins inside of an example has lost what came before, so its first token is no target; packs without
-    any target are left out.
-
-    Raises:
-        ConfigError: there is no max_length.
+    Attributes:
+        sizes: tokens of each pack, int64 [N].
     """
-    if max_length is None:
-        raise ConfigError("packing fills rows of max_length tokens; give --max_length")
-    rows = pack([len(example.tokens) for example in examples], max_length, strategy)
-    packs = (tuple(_cut(examples[piece.example], piece) for piece in row) for row in rows)
-    return [part for part in packs if any(example.loss_mask.any() for example in part)], efficiency(rows, max_length)
+
+    def __init__(self, examples: Store, pieces: np.ndarray, ends: np.ndarray) -> None:
+        self.examples, self._pieces, self._ends = examples, pieces, ends
+        totals = np.cumsum(self._pieces[:, 2] - self._pieces[:, 1])
+        self.sizes = np.diff(totals[self._ends - 1], prepend=0)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: Any) -> Any:
+        start = self._ends[i - 1] if i else 0
+        return tuple(self._cut(*piece) for piece in self._pieces[start : self._ends[i]])
+
+    def digest(self) -> str:
+        """Of every token and mask and of how they are dealt, in 32 hexadecimal digits."""
+        return digest(self.examples.digest, self._pieces.tobytes(), self._ends.tobytes())
+
+    def efficiency(self, capacity: int) -> float:
+        """Share of rows of so many tokens that is not padding."""
+        return float(self.sizes.sum()) / max(1, len(self) * capacity)
+
+    def _cut(self, example: int, start: int, stop: int) -> Example:
+        tokens, mask = (part[start:stop] for part in self.examples[example])
+        if start:
+            mask = mask.copy()
+            mask[0] = False
+        return Example(tokens, mask)
 
 
-def _cut(example: Example, piece: Piece) -> Example:
-    mask = example.loss_mask[piece.start : piece.stop].copy()
-    mask[:1] = False
-    return Example(example.tokens[piece.start : piece.stop], mask)
+def first_tokens(examples: Iterable[Example], count: int) -> Iterator[Example]:
+    """The first examples, until there are `count` tokens."""
+    for example in examples:
+        yield example
+        count -= len(example.tokens)
+        if count <= 0:
+            return
+
+
+def singles(examples: Store) -> Packs:
+    """Each example for itself."""
+    numbers = np.arange(len(examples))
+    return Packs(examples, np.stack([numbers, 0 * numbers, examples.lengths], axis=1), numbers + 1)
+
+
+def pack_examples(examples: Store, max_length: int, strategy: str) -> Packs:
+    """Packs of examples that fill rows of `max_length` tokens; those without any target are left out."""
+    packed = pack(examples.lengths, max_length, strategy)
+    rows = [row for row in packed if any(_has_target(examples, piece) for piece in row)]
+    pieces = np.array([piece for row in rows for piece in row], np.int64).reshape(-1, 3)
+    return Packs(examples, pieces, np.cumsum([len(row) for row in rows], dtype=np.int64))
+
+
+def _has_target(examples: Store, piece: Piece) -> bool:
+    return bool(examples[piece.example].loss_mask[piece.start + (piece.start > 0) : piece.stop].any())

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxpost.data.fingerprint import digest
 from jaxpost.errors import DataError, one_line
 
 if TYPE_CHECKING:
@@ -59,11 +60,13 @@ class Rows:
         name: of the dataset, in messages.
         read: the rows from number n on, from 0.
         measure: the number of rows; None where only reading them all would tell.
+        identify: a digest of the rows; None where it is not known.
     """
 
     name: str
     read: Callable[[int], Iterator[Row | RowError]]
     measure: Callable[[], int] | None = None
+    identify: Callable[[], str | None] = lambda: None
 
     def __call__(self, start: int = 0) -> Iterator[Row | RowError]:
         """The rows from number `start` on, from 0; a run that resumes starts there."""
@@ -124,7 +127,8 @@ def as_rows(data: Any, name: str) -> Rows:
     if isinstance(data, datasets.Dataset):
         if data.format["type"] == "custom":
             raise DataError(f"{name} has a transform (set_transform), which would be ignored; use map() instead")
-        return Rows(name, lambda start: dataset_rows(data, name, start), lambda: len(data))
+        # The digest that `datasets` keeps of what a dataset was made of, for its own cache.
+        return Rows(name, lambda start: dataset_rows(data, name, start), lambda: len(data), lambda: data._fingerprint)
     if isinstance(data, datasets.IterableDataset):
         return Rows(name, lambda start: _stream_rows(data, name, start))
     if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
@@ -156,7 +160,9 @@ def dataset_rows(data: "Dataset", name: str, start: int = 0, first: int = 0) -> 
 def take(rows: Rows, limit: int) -> Rows:
     """The first `limit` rows."""
     size = None if rows.measure is None else lambda: min(limit, len(rows))
-    return Rows(rows.name, lambda start: islice(rows(start), max(0, limit - start)), size)
+    return Rows(
+        rows.name, lambda start: islice(rows(start), max(0, limit - start)), size, identity([rows], "take", limit)
+    )
 
 
 def join(parts: Sequence[Rows], name: str) -> Rows:
@@ -177,7 +183,40 @@ def join(parts: Sequence[Rows], name: str) -> Rows:
                 start = max(0, start - part.size)
 
     sized = all(part.measure is not None for part in parts)
-    return Rows(name, read, (lambda: sum(map(len, parts))) if sized else None)
+    return Rows(name, read, (lambda: sum(map(len, parts))) if sized else None, identity(parts, "join"))
+
+
+def identity(parts: Sequence[Rows], *how: Any) -> Callable[[], str | None]:
+    """The `identify` of rows that are made of others, in the way that `how` says."""
+
+    def identify() -> str | None:
+        known = [part.identify() for part in parts]
+        return None if None in known else digest(*how, *known)
+
+    return identify
+
+
+def formatted(rows: Rows, function: Callable[[Mapping[str, Any]], str], column: str) -> Rows:
+    """The text that a function of the user's makes of each row, as the one column of new rows."""
+
+    def read(start: int) -> Iterator[Row | RowError]:
+        for row in rows(start):
+            yield row if isinstance(row, RowError) else _formatted(row, function, column)
+
+    return Rows(rows.name, read, rows.measure)
+
+
+def _formatted(row: Row, function: Callable[[Mapping[str, Any]], str], column: str) -> Row | RowError:
+    try:
+        text = function(row.cells)
+    # Whatever the user's function raises is about this row.
+    except Exception as error:
+        fault = "formatting_func fails"
+        return RowError(f"{row.place}: {fault} ({type(error).__name__}: {one_line(error)})", fault)
+    if not isinstance(text, str):
+        fault = "formatting_func must return text"
+        return RowError(f"{row.place}: {fault}, not {describe(text)}", fault)
+    return Row({column: text}, row.place)
 
 
 def describe(value: Any) -> str:

@@ -7,6 +7,8 @@ import pytest
 
 from jaxpost.data.chat import Example
 from jaxpost.data.loader import MAX_CANDIDATES, Loader, LoaderConfig, bucket_lengths, collate
+from jaxpost.data.packing import Packs, singles
+from jaxpost.data.store import stored
 from jaxpost.errors import ConfigError
 
 SAMPLINGS = ("random", "sequential", "group_by_length")
@@ -29,6 +31,13 @@ def make_examples(count, seed=0, longest=40):
     return examples
 
 
+def packs_of(groups):
+    """Each group of examples as a pack."""
+    examples = [example for group in groups for example in group]
+    pieces = [(i, 0, len(example.tokens)) for i, example in enumerate(examples)]
+    return Packs(stored(examples), np.array(pieces, np.int64), np.cumsum([len(group) for group in groups]))
+
+
 def make_loader(examples, **changes):
     options = {
         "global_batch_size": 8,
@@ -40,7 +49,7 @@ def make_loader(examples, **changes):
         "num_lengths": 2,
         "multiple": 8,
     }
-    return Loader([[example] for example in examples], **{**options, **changes})
+    return Loader(singles(stored(examples)), **{**options, **changes})
 
 
 def numbers(batch):
@@ -248,7 +257,7 @@ def test_bad_options_are_refused_at_once(options, message):
 def test_packs_stay_together_and_their_examples_apart():
     packs = [make_examples(3), make_examples(2, seed=1), make_examples(1, seed=2)]
     options = {"global_batch_size": 3, "num_rows": 3, "num_steps": 1, "pad_id": 0, "seed": 0, "sampling": "sequential"}
-    batch = Loader(packs, **options, num_lengths=1, multiple=1).batch(0)
+    batch = Loader(packs_of(packs), **options, num_lengths=1, multiple=1).batch(0)
     assert batch["segments"].max(axis=1).tolist() == [3, 2, 1]
     assert batch["tokens"][0][batch["segments"][0] == 2].tolist() == packs[0][1].tokens.tolist()
     assert np.all(batch["positions"][0][batch["segments"][0] == 3] == np.arange(len(packs[0][2].tokens)))
@@ -266,7 +275,7 @@ def test_fingerprint_tells_other_batches_apart_but_not_other_processes():
         make_loader(examples, global_batch_size=16),
         make_loader(examples, sampling="sequential"),
         Loader(
-            [examples],
+            packs_of([examples]),
             global_batch_size=8,
             num_rows=8,
             num_steps=1,

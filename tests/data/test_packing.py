@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from jaxpost.data.chat import Example
-from jaxpost.data.packing import PackingConfig, Piece, efficiency, pack, pack_examples
+from jaxpost.data.packing import PackingConfig, first_tokens, pack, pack_examples, singles
+from jaxpost.data.store import stored
 from jaxpost.errors import ConfigError
 
 LENGTHS = np.random.default_rng(0).lognormal(4.5, 0.8, 500).astype(int)
@@ -48,8 +49,8 @@ def test_every_token_is_in_one_row_and_no_row_is_too_long(strategy, capacity):
 
 
 def test_rows_are_nearly_full():
-    assert efficiency(pack(LENGTHS, 1024), 1024) > 0.97
-    assert efficiency([[Piece(0, 0, 3)], [Piece(1, 0, 2)]], 5) == 0.5
+    rows = pack(LENGTHS, 1024)
+    assert np.minimum(LENGTHS, 1024).sum() / (len(rows) * 1024) > 0.97
 
 
 def test_the_fullest_row_with_room_is_taken():
@@ -67,20 +68,45 @@ def example(*tokens, trained=True):
 
 
 def test_a_piece_without_its_beginning_has_no_target_there():
-    packs, full = pack_examples([example(1, 2, 3, 4, 5)], 3, "bfd_split")
+    packs = pack_examples(stored([example(1, 2, 3, 4, 5)]), 3, "bfd_split")
     assert [[part.tokens.tolist() for part in pack] for pack in packs] == [[[1, 2, 3]], [[4, 5]]]
     assert [[part.loss_mask.tolist() for part in pack] for pack in packs] == [[[False, True, True]], [[False, True]]]
-    assert full == 5 / 6
+    assert packs.efficiency(3) == 5 / 6
+    assert packs.sizes.tolist() == [3, 2]
 
 
 def test_packs_without_a_target_are_left_out():
-    packs, _ = pack_examples([example(1, 2, 3, trained=False), example(4, 5, 6)], 3, "bfd")
+    packs = pack_examples(stored([example(1, 2, 3, trained=False), example(4, 5, 6)]), 3, "bfd")
     assert [[part.tokens.tolist() for part in pack] for pack in packs] == [[[4, 5, 6]]]
 
 
-def test_packing_needs_a_length():
-    with pytest.raises(ConfigError, match="give --max_length"):
-        pack_examples([example(1, 2)], None, "bfd")
+def test_each_example_can_be_a_pack_of_its_own():
+    packs = singles(stored([example(1, 2), example(3, 4, 5)]))
+    assert [[part.tokens.tolist() for part in pack] for pack in packs] == [[[1, 2]], [[3, 4, 5]]]
+    assert packs.sizes.tolist() == [2, 3]
+
+
+def test_packs_are_told_apart_by_their_tokens_masks_and_cuts():
+    examples = [example(1, 2, 3), example(4, 5)]
+    digests = {
+        singles(stored(examples)).digest(),
+        singles(stored(examples[::-1])).digest(),
+        singles(stored([examples[0], example(4, 5, trained=False)])).digest(),
+        pack_examples(stored(examples), 5, "bfd").digest(),
+        pack_examples(stored(examples), 4, "wrapped").digest(),
+    }
+    assert len(digests) == 5
+
+
+def test_first_tokens_stop_with_the_example_that_fills_them():
+    asked = []
+
+    def examples():
+        for i in range(9):
+            asked.append(i)
+            yield example(1, 2, 3)
+
+    assert len(list(first_tokens(examples(), 7))) == len(asked) == 3
 
 
 @pytest.mark.parametrize(("held_out", "expected"), [(None, True), (False, False), (True, True)])

@@ -86,13 +86,17 @@ class Meter:
     tokens: int = 0
     since: float = field(default_factory=time.perf_counter)
 
-    def read(self, step: int, report: StepReport, times: dict[str, float]) -> None:
+    def spend(self, **times: float) -> None:
+        """Note seconds of host time, by purpose, when they have been spent."""
+        for name, seconds in times.items():
+            self.times[name] = self.times.get(name, 0.0) + seconds
+
+    def read(self, step: int, report: StepReport) -> None:
         """Take in the report of `step`; blocks until the device has finished it.
 
         Args:
             step: its number, from 1.
             report: what the step returned.
-            times: seconds of host time that it took, by purpose.
 
         Raises:
             NonFiniteError: MAX_NONFINITE steps in a row were not finite.
@@ -110,8 +114,6 @@ class Meter:
             entry = self.sums.setdefault(name, [0.0, 0.0])
             entry[0] += float(mean.total)
             entry[1] += float(mean.count)
-        for name, seconds in times.items():
-            self.times[name] = self.times.get(name, 0.0) + seconds
         self.steps += 1
         self.tokens += int(report.num_tokens)
         rate = self.tokens / (time.perf_counter() - self.since)
@@ -130,6 +132,7 @@ class Meter:
         row["step_time"] = (time.perf_counter() - self.since) / self.steps
         for name, seconds in self.times.items():
             row[f"{name}_time"] = seconds / self.steps
+        row["input_share"] = self.times.get("input", 0.0) / (row["step_time"] * self.steps)  # spent waiting for batches
         if self.skipped:
             row["skipped_steps"] = self.skipped
         self.log.log(step, row)
@@ -175,7 +178,7 @@ def fit(
         The final state.
     """
     meter = Meter(schedule, log, num_tokens=num_tokens)
-    pending: tuple[StepReport, dict[str, float]] | None = None
+    pending: StepReport | None = None
     start = int(state.step)
     if evaluate is not None and start == 0 and schedule.evaluates(0):
         log.log(0, {"epoch": 0.0, **evaluate(state)})
@@ -185,13 +188,13 @@ def fit(
         batch = source(state)
         fed = time.perf_counter()
         state, report = step(state, annotate(state, batch))
-        sent = time.perf_counter()
+        meter.spend(input=fed - began, host=time.perf_counter() - fed)
         if pending is not None:
-            meter.read(done - 1, *pending)
-        pending = report, {"input": fed - began, "host": sent - fed}
+            meter.read(done - 1, pending)
+        pending = report
         if not (schedule.evaluates(done) or schedule.saves(done) or done == schedule.total_steps):
             continue
-        meter.read(done, *pending)
+        meter.read(done, pending)
         pending = None
         paused = time.perf_counter()
         if evaluate is not None and schedule.evaluates(done):

@@ -21,7 +21,7 @@ class Recorder:
         self.events.append(("progress", step))
 
 
-def run(totals, counts=None, *, finite=None, start=0, evaluate=None, **schedule):
+def run(totals, counts=None, *, finite=None, start=0, evaluate=None, source=None, annotate=None, **schedule):
     """Fit with step k giving Mean(totals[k], counts[k])."""
     counts, finite = counts or [1.0] * len(totals), finite or [True] * len(totals)
     log = Recorder()
@@ -40,8 +40,8 @@ def run(totals, counts=None, *, finite=None, start=0, evaluate=None, **schedule)
     options = {"total_steps": len(totals), "steps_per_epoch": 4, "log_every": 1, **schedule}
     final = fit(
         TrainState(jnp.int32(start), None, None, None),
-        source=lambda state: {},
-        annotate=lambda state, batch: batch,
+        source=source or (lambda state: {}),
+        annotate=annotate or (lambda state, batch: batch),
         step=step,
         evaluate=evaluate,
         save=lambda state, number, facts: log.events.append(("save", number, facts["num_tokens"])),
@@ -51,6 +51,21 @@ def run(totals, counts=None, *, finite=None, start=0, evaluate=None, **schedule)
     )
     assert int(final.step) == len(totals)
     return log
+
+
+def test_the_share_of_the_time_that_steps_wait_for_a_batch(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("jaxpost.train.loop.time.perf_counter", lambda: clock[0])
+
+    def takes(seconds):
+        def act(*args):
+            clock[0] += seconds
+            return {}
+
+        return act
+
+    log = run([1.0] * 12, log_every=4, source=takes(1.0), annotate=takes(3.0))
+    assert [row["input_share"] for _, row in log.rows[1:]] == [0.25, 0.25]
 
 
 def test_a_window_is_a_sum_over_a_sum():

@@ -18,6 +18,7 @@ USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
 
   sft        supervised fine-tuning
   generate   complete prompts with a model
+  preview    show what a method would train on: jaxpost preview [sft] with its flags
 
 jaxpost <command> --help lists its flags."""
 
@@ -47,13 +48,18 @@ def _run(command: str, flags: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from jaxpost.generate import GenerateConfig, run_generate
     from jaxpost.methods import METHODS
+    from jaxpost.preview import run_preview
     from jaxpost.trainer import Trainer
 
     if command == "generate":
         run_generate(parse(GenerateConfig, command, flags))
         return 0
+    if command == "preview":
+        name = flags.pop(0) if flags and flags[0] in METHODS else "sft"
+        run_preview(METHODS[name], parse(METHODS[name].config, name, flags))
+        return 0
     if command not in METHODS:
-        known = (*METHODS, "generate")
+        known = (*METHODS, "generate", "preview")
         raise ConfigError(f"unknown command {command!r}{nearest(command, known)}; known: {', '.join(known)}")
     trainer = Trainer(METHODS[command], args=parse(METHODS[command].config, command, flags))
     trainer.train()

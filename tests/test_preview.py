@@ -1,0 +1,52 @@
+"""What `jaxpost preview` shows, and that it writes and trains nothing."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from jaxpost import SFTConfig
+from jaxpost.cli import main
+from jaxpost.data.word_problems import write
+from jaxpost.methods import METHODS
+from jaxpost.preview import run_preview
+
+
+@pytest.fixture
+def data(tmp_path):
+    write(tmp_path / "data", num_rows=60, seed=0)
+    return tmp_path / "data"
+
+
+def test_rows_counts_packing_and_examples_are_shown(tiny_folder, data, tmp_path, capsys):
+    flags = f"--model_name_or_path {tiny_folder} --dataset_name {data} --output_dir {tmp_path / 'out'}"
+    options = "--packing --max_length 600 --max_steps 3 --per_device_train_batch_size 1 --test_split_size 5"
+    assert main(["preview", "sft", *flags.split(), *options.split()]) == 0
+    shown = capsys.readouterr().out
+    assert "max_length: 600" in shown and "packing: true" in shown
+    assert "rows: prompt_completion with messages (told by column 'prompt')" in shown
+    assert " rows, 0 without a token to train dropped" in shown and "% full" in shown and "3 steps" in shown
+    assert shown.count("trained ─") == 3
+    assert shown.count("<|im_start|>assistant\n«") == 3 and shown.count("<|im_end|>\n»") == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_trained_tokens_are_coloured_on_a_terminal(tiny_folder, data):
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", soft_wrap=True)
+    args = SFTConfig(model_name_or_path=str(tiny_folder), dataset_name=str(data), max_steps=1)
+    run_preview(METHODS["sft"], args, console)
+    shown = console.file.getvalue()
+    assert "\x1b[1;32m" in shown and "«" not in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--dataset_name", "nowhere.jsonl"], 3, "nowhere.jsonl: no such file"),
+        (["--max_lenght", "3"], 2, "did you mean '--max_length'"),
+        ([], 2, "no data"),
+    ],
+)
+def test_mistakes_are_those_of_training(flags, code, message, tiny_folder, capsys):
+    assert main(["preview", "--model_name_or_path", str(tiny_folder), *flags]) == code
+    assert message in capsys.readouterr().err

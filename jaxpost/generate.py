@@ -49,9 +49,11 @@ def run_generate(config: GenerateConfig) -> None:
     tokenizer = checkpoint.tokenizer()
     vocab_size = read_config(checkpoint.config, str(config.model_name_or_path)).vocab_size
     ends = eos_ids(tokenizer, checkpoint.generation_config, checkpoint.config, vocab_size)
+    cells = zip(*(rows[column] for column in ("prompt", "tools", "chat_template_kwargs")), strict=True)
+    options = {"vocab_size": vocab_size, "name": str(config.dataset_name)}
     prompts = [
-        encode_prompt(prompt, tokenizer, vocab_size=vocab_size, name=str(config.dataset_name), row=row)
-        for row, prompt in enumerate(rows["prompt"])
+        encode_prompt(prompt, tokenizer, row=row, tools=tools, chat_template_kwargs=kwargs, **options)
+        for row, (prompt, tools, kwargs) in enumerate(cells)
     ]
     model = load(
         checkpoint,

@@ -1,6 +1,7 @@
 """`jaxpost sft` from a folder and a file to a folder, as a user runs it."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -154,3 +155,22 @@ def test_python_face(tiny_folder, tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
     trainer.save_model(tmp_path / "elsewhere")
     assert all(np.array_equal(a, weights(tmp_path / "out")[n]) for n, a in weights(tmp_path / "elsewhere").items())
+
+
+def test_generate_gives_the_cells_of_a_row_to_its_template(run, tmp_path, capsys):
+    model = shutil.copytree(run, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoints", "runs"))
+    template = model / "chat_template.jinja"
+    template.write_text("{{ mood }}" + template.read_text())
+    prompts = tmp_path / "prompts.jsonl"
+
+    def complete(*moods):
+        rows = [{"prompt": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": mood} for mood in moods]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = f"generate --model_name_or_path {model} --dataset_name {prompts} --max_new_tokens 4 --temperature 0"
+        return main(flags.split()), capsys.readouterr()
+
+    code, shown = complete({"mood": "sad " * 9}, {"mood": "glad " * 9}, None)
+    lines = [json.loads(line) for line in shown.out.splitlines()]
+    assert code == 0 and len({tuple(line["logprobs"]) for line in lines}) == 3
+    code, shown = complete([1])
+    assert code == 3 and "row 1, column 'chat_template_kwargs' must be an object" in shown.err

@@ -59,6 +59,26 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "norm.scale": (None,),
 }
 
+# Part of a quantised kernel (jaxpost/models/nf4.py) -> the kernel's dimension that each of its own follows: -2 is the
+# inputs, -1 the outputs. Leading dimensions are the kernel's.
+PARTS: dict[str, tuple[int | None, ...]] = {
+    "codes": (-2, None, -1),
+    "absmax": (-2, -1),
+    "absmax_low": (-2, -1),
+    "absmax_step": (-2, -1),
+    "integers": (-2, -1),
+    "scale": (-1,),
+}
+# Part of an adapter (jaxpost/models/lora.py) -> likewise, of the kernel beside which it hangs.
+ADAPTER_PARTS: dict[str, tuple[int | None, ...]] = {
+    **dict.fromkeys(["lora_a", "initial_a"], (-2, None)),
+    **dict.fromkeys(["lora_b", "initial_b"], (None, -1)),
+    "magnitude": (-1,),
+    "scale": (),
+    "kernel": (-2, -1),
+}
+BESIDE = {"embed.adapter": "embed.embedding", "embed.head_adapter": "head.kernel"}  # others: a `kernel`
+
 _log = logging.getLogger("jaxpost")
 
 
@@ -118,24 +138,37 @@ def path_of(key_path: Any) -> str:
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The PartitionSpec of the parameter (or its optimizer moment) that ends in `path`'s suffix.
 
-    A dimension that its mesh axis does not divide is replicated, with one log line.
+    A dimension that its mesh axis does not divide is replicated, with one log line. Optimizer state with a dimension
+    summed away has size 1 there, which is replicated in silence.
 
     Raises:
         ConfigError: no row of the table matches; silence would replicate a large array on every device.
     """
     if not shape:
         return P()
-    logical = next((axes for suffix, axes in PARAMETERS.items() if path.endswith(suffix)), None)
+    logical = _logical_axes(path)
     if logical is None:
         raise ConfigError(f"parameter {path} has no row in the sharding table (jaxpost/sharding.py: PARAMETERS)")
     axes: list[Any] = [None] * (len(shape) - len(logical))
     for dim, name in zip(shape[len(axes) :], logical, strict=True):
         axis = MESH_AXES[name]
         if axis is not None and dim % mesh.shape[axis]:
-            _log.info("%s: %d is not a multiple of %s=%d, replicated", path, dim, axis, mesh.shape[axis])
+            if dim > 1:
+                _log.info("%s: %d is not a multiple of %s=%d, replicated", path, dim, axis, mesh.shape[axis])
             axis = None
         axes.append(axis)
     return P(*axes)
+
+
+def _logical_axes(path: str) -> tuple[str | None, ...] | None:
+    """Of a parameter, or of a part of a quantised kernel or an adapter; None if no row of the tables matches."""
+    kernel, _, part = path.rpartition(".")
+    parts = PARTS if kernel.endswith(".kernel") else ADAPTER_PARTS if kernel.endswith("adapter") else {}
+    if part in parts:
+        usual = kernel.removesuffix("adapter") + "kernel" if parts is ADAPTER_PARTS else kernel
+        axes = _logical_axes(next((beside for place, beside in BESIDE.items() if kernel.endswith(place)), usual))
+        return axes and (*axes[:-2], *(None if follows is None else axes[follows] for follows in parts[part]))
+    return next((axes for suffix, axes in PARAMETERS.items() if path.endswith(suffix)), None)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -1,8 +1,6 @@
-"""AdamW, learning-rate schedules and gradient clipping: step for step what transformers and torch compute."""
+"""Optimizers and gradient clipping: step for step what torch and transformers compute."""
 
-import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,26 +11,20 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxpost.errors import ConfigError
-from jaxpost.options import nearest, one_of, option
+from jaxpost.options import one_of, option
+from jaxpost.sharding import path_of
+from jaxpost.train.moments import adam_8bit, adam_bf16, is_matrix, scale_by_adafactor
+from jaxpost.train.schedule import SCHEDULES, check_number, learning_rate_schedule, schedule_kwargs
 
-# Each schedule and the keys that lr_scheduler_kwargs may hold for it.
-_SCHEDULE_KEYS = {
-    "constant": (),
-    "constant_with_warmup": (),
-    "linear": (),
-    "cosine": ("num_cycles",),
-    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
-    "inverse_sqrt": ("timescale",),
-    "warmup_stable_decay": (
-        "num_decay_steps",
-        "num_stable_steps",
-        "warmup_type",
-        "decay_type",
-        "min_lr_ratio",
-        "num_cycles",
-    ),
+OPTIMIZERS = ("adamw", "adamw_bf16", "adamw_8bit", "adafactor", "lion", "muon")
+# transformers' names of them.
+ALIASES = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "lion_32bit": "lion",
 }
-_RAMPS = ("linear", "cosine", "1-sqrt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +35,17 @@ class OptimConfig:
         ConfigError: a value is out of its range; the message names the field.
     """
 
-    learning_rate: float = option(5e-5, "Peak learning rate of AdamW.")
+    optim: str = option("adamw", f"Optimizer: {', '.join(OPTIMIZERS)}; or transformers' name of one.")
+    learning_rate: float = option(5e-5, "Peak learning rate.")
     weight_decay: float = option(0.0, "Decoupled weight decay; biases and norm scales are left out.")
-    adam_beta1: float = option(0.9, "Decay of AdamW's first moment.")
-    adam_beta2: float = option(0.999, "Decay of AdamW's second moment.")
+    adam_beta1: float = option(0.9, "Decay of the first moment of AdamW and Lion.")
+    adam_beta2: float = option(0.999, "Decay of AdamW's second moment; of Lion's momentum.")
     adam_epsilon: float = option(1e-8, "Added to the denominator of AdamW's update.")
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: the learning rate of LoRA's second factors (lora_b), as a multiple of learning_rate."
+    )
     max_grad_norm: float | None = option(1.0, "Gradients are scaled down to this global norm; 0 turns clipping off.")
-    lr_scheduler_type: str = option("linear", f"Learning-rate schedule: {', '.join(_SCHEDULE_KEYS)}.")
+    lr_scheduler_type: str = option("linear", f"Learning-rate schedule: {', '.join(SCHEDULES)}.")
     lr_scheduler_kwargs: str | None = option(
         None, """The schedule's own options as JSON, e.g. '{"min_lr_rate": 0.1}'."""
     )
@@ -57,26 +53,33 @@ class OptimConfig:
     warmup_ratio: float | None = option(None, "Warm-up as a fraction of all steps (the older name).")
 
     def __post_init__(self) -> None:
-        _check("learning_rate", self.learning_rate)
-        _check("weight_decay", self.weight_decay)
-        _check("adam_beta1", self.adam_beta1, below=1.0)
-        _check("adam_beta2", self.adam_beta2, below=1.0)
-        _check("adam_epsilon", self.adam_epsilon)
+        one_of("optim", self.optim, (*OPTIMIZERS, *ALIASES))
+        check_number("learning_rate", self.learning_rate)
+        check_number("weight_decay", self.weight_decay)
+        check_number("adam_beta1", self.adam_beta1, below=1.0)
+        check_number("adam_beta2", self.adam_beta2, below=1.0)
+        check_number("adam_epsilon", self.adam_epsilon)
         if self.adam_epsilon == 0:
             raise ConfigError("adam_epsilon is 0, so a gradient of 0 gives NaN; set a small number such as 1e-8")
+        if self.loraplus_lr_ratio is not None:
+            check_number("loraplus_lr_ratio", self.loraplus_lr_ratio)
+            if self.loraplus_lr_ratio == 0:
+                raise ConfigError(
+                    "loraplus_lr_ratio is 0, so lora_b would not be trained; leave it out, or set e.g. 16"
+                )
         if self.max_grad_norm is not None:
-            _check("max_grad_norm", self.max_grad_norm, least=-math.inf)
-        _check("warmup_steps", self.warmup_steps)
+            check_number("max_grad_norm", self.max_grad_norm, least=-math.inf)
+        check_number("warmup_steps", self.warmup_steps)
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
             raise ConfigError(
                 f"warmup_steps is {self.warmup_steps}; give a whole number of steps, or a fraction of all steps below 1"
             )
         if self.warmup_ratio is not None:
-            _check("warmup_ratio", self.warmup_ratio, most=1.0)
+            check_number("warmup_ratio", self.warmup_ratio, most=1.0)
             if self.warmup_steps and self.warmup_ratio:
                 raise ConfigError("warmup_steps and warmup_ratio both set the warm-up; remove one of them")
-        one_of("lr_scheduler_type", self.lr_scheduler_type, tuple(_SCHEDULE_KEYS))
-        _schedule_kwargs(self)
+        one_of("lr_scheduler_type", self.lr_scheduler_type, tuple(SCHEDULES))
+        schedule_kwargs(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate)
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -92,51 +95,121 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     Raises:
         ConfigError: the run is too short for the phases of warmup_stable_decay.
     """
-    kwargs = _schedule_kwargs(config)
-    warmup = _warmup_steps(config, total_steps)
-    match config.lr_scheduler_type:
-        case "constant":  # by its name: transformers ignores the warm-up here
-            warmup, factor = 0, jnp.ones_like
-        case "constant_with_warmup":
-            factor = jnp.ones_like
-        case "linear":
-            factor = _linear(warmup, total_steps)
-        case "cosine" | "cosine_with_min_lr":
-            factor = _cosine(warmup, total_steps, **kwargs)
-        case "inverse_sqrt":
-            factor = _inverse_sqrt(warmup, **kwargs)
-        case _:  # shapes its warm-up itself
-            warmup, factor = 0, _warmup_stable_decay(warmup, total_steps, **kwargs)
-
-    def schedule(count: Any) -> Float[Array, ""]:
-        # float32 holds every step number up to 2**24 exactly.
-        step = jnp.asarray(count).astype(jnp.float32)
-        return config.learning_rate * jnp.where(step < warmup, step / max(1, warmup), factor(step))
-
-    return schedule
+    return learning_rate_schedule(
+        config.lr_scheduler_type,
+        config.learning_rate,
+        warmup=_warmup_steps(config, total_steps),
+        total_steps=total_steps,
+        kwargs=schedule_kwargs(config.lr_scheduler_type, config.lr_scheduler_kwargs, config.learning_rate),
+    )
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule, decay_mask: Any) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with float32 moments, whatever the parameters' dtype.
+    """The optimizer that `config.optim` names; it computes in float32, whatever the parameters' dtype.
+
+    Weight decay is decoupled for all (Loshchilov and Hutter, 2019, arXiv:1711.05101). `init` raises ConfigError for a
+    `loraplus_lr_ratio` without LoRA.
 
     Args:
         config: betas, epsilon and weight decay. Clipping is not in here: see `clip_by_global_norm`.
         schedule: learning rate by update number, from 0.
         decay_mask: booleans in the parameters' tree; decay applies where True.
     """
-    adamw = optax.adamw(
-        schedule,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
-    # optax gives the second moment the parameters' dtype; in bfloat16 its update by 0.1 % would round away.
+    parts = [
+        _direction(config),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    if config.loraplus_lr_ratio is not None:
+        parts.append(_scale_lora_b(config.loraplus_lr_ratio))
+    optimizer = optax.chain(*parts)
+
+    def init(params: Any) -> Any:
+        check_loraplus(config, params)
+        return optimizer.init(_float32(params))
+
+    # optax gives moments the parameters' dtype; `moments` says what stores them in fewer bits.
     return optax.GradientTransformation(
-        init=lambda params: adamw.init(_float32(params)),
-        update=lambda updates, state, params=None: adamw.update(_float32(updates), state, _float32(params)),
+        init=init,
+        update=lambda updates, state, params=None: optimizer.update(_float32(updates), state, _float32(params)),
     )
+
+
+def check_loraplus(config: OptimConfig, params: Any) -> None:
+    """Raise ConfigError if `loraplus_lr_ratio` is set and none of the trainable `params` is a `lora_b`."""
+    paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    if config.loraplus_lr_ratio is not None and not any(map(_is_lora_b, paths)):
+        raise ConfigError(
+            f"loraplus_lr_ratio is {config.loraplus_lr_ratio}, but the run trains no LoRA adapter; leave it out, or "
+            "set --use_peft"
+        )
+
+
+def _direction(config: OptimConfig) -> optax.GradientTransformation:
+    """The update before weight decay and learning rate."""
+    adam = optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon)
+    match ALIASES.get(config.optim, config.optim):
+        case "adamw":
+            return adam
+        case "adamw_bf16":
+            return adam_bf16(adam)
+        case "adamw_8bit":
+            return adam_8bit(adam)
+        case "adafactor":
+            return scale_by_adafactor()
+        case "lion":
+            return optax.scale_by_lion(config.adam_beta1, config.adam_beta2)
+        case _:
+            return optax.partition({"muon": _muon(), "adamw": adam}, _muon_or_adamw)
+
+
+def _muon() -> optax.GradientTransformation:
+    """Muon (Jordan et al., 2024) at AdamW's learning rate and decay (Liu et al., 2025, arXiv:2502.16982).
+
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and its defaults. optax.contrib.muon corrects the bias of its
+    momentum, so its first updates differ, and its state has an array that is no parameter's.
+    """
+    # Momentum adds gradients up here and averages them in torch; the norm in `orthogonalize` takes the factor out.
+    momentum = optax.trace(decay=0.95, nesterov=True)
+
+    def update(matrix: Array) -> Array:
+        return 0.2 * math.sqrt(max(matrix.shape[-2:])) * orthogonalize(matrix)
+
+    return optax.chain(momentum, optax.stateless(lambda updates, _: jax.tree.map(update, updates)))
+
+
+def orthogonalize(x: Float[Array, "*stack in out"]) -> Float[Array, "*stack in out"]:
+    """Bring each matrix's singular values near 1 by five Newton-Schulz iterations (Jordan et al., 2024)."""
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.mT).mT
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def _muon_or_adamw(params: Any) -> Any:
+    """Muon is for the matrices inside of the network; embeddings, heads and vectors are AdamW's."""
+
+    def label(path: Any, _: Array) -> str:
+        outside = path_of(path).endswith((".embedding", "head.kernel"))
+        return "muon" if is_matrix(path) and not outside else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _scale_lora_b(ratio: float) -> optax.GradientTransformation:
+    """LoRA+ (Hayou et al., 2024, arXiv:2402.12354): another learning rate for LoRA's second factor."""
+
+    def scale(path: Any, update: Array) -> Array:
+        return update * ratio if _is_lora_b(path) else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def _is_lora_b(path: Any) -> bool:
+    return path_of(path).endswith("lora_b")
 
 
 def clip_by_global_norm(grads: Any, max_norm: float | None) -> tuple[Any, Float[Array, ""]]:
@@ -160,132 +233,9 @@ def _float32(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
-def _check(name: str, value: Any, *, least: float = 0.0, most: float = math.inf, below: float = math.inf) -> None:
-    """Raise ConfigError unless `value` is a finite number with least <= value <= most and value < below."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} is {value!r}; it takes a finite number")
-    if value < least:
-        raise ConfigError(f"{name} is {value}; it must not be below {least:g}")
-    if value > most:
-        raise ConfigError(f"{name} is {value}; it must not be above {most:g}")
-    if value >= below:
-        raise ConfigError(f"{name} is {value}; it must be below {below:g}")
-
-
 def _warmup_steps(config: OptimConfig, total_steps: int) -> int:
     """Whole warm-up steps, as transformers' TrainingArguments.get_warmup_steps counts them."""
     warmup = config.warmup_steps or config.warmup_ratio or 0
     if config.warmup_steps >= 1:
         return int(warmup)
     return math.ceil(total_steps * warmup)
-
-
-def _schedule_kwargs(config: OptimConfig) -> dict[str, Any]:
-    """lr_scheduler_kwargs as checked keyword arguments, with min_lr turned into min_lr_rate."""
-    name, text = config.lr_scheduler_type, config.lr_scheduler_kwargs
-    example = """a JSON object such as '{"num_cycles": 0.5}'"""
-    if isinstance(text, str):
-        try:
-            kwargs = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"lr_scheduler_kwargs is {text!r}, which is not JSON ({error}); give {example}") from None
-    else:
-        kwargs = {} if text is None else text  # YAML and Python give a mapping as it is
-    if not isinstance(kwargs, dict):
-        raise ConfigError(f"lr_scheduler_kwargs is {text!r}; give {example}")
-    allowed = _SCHEDULE_KEYS[name]
-    for key, value in kwargs.items():
-        if key not in allowed:
-            takes = f"it takes: {', '.join(allowed)}" if allowed else "it takes none; remove lr_scheduler_kwargs"
-            raise ConfigError(f"lr_scheduler_kwargs has {key!r}, unknown to {name}{nearest(key, allowed)}; {takes}")
-        if key in ("warmup_type", "decay_type"):
-            one_of(f"lr_scheduler_kwargs' {key}", value, _RAMPS)
-        else:
-            _check(f"lr_scheduler_kwargs' {key}", value)
-    if name == "warmup_stable_decay" and "num_decay_steps" not in kwargs:
-        raise ConfigError("""warmup_stable_decay needs lr_scheduler_kwargs '{"num_decay_steps": N}'""")
-    if kwargs.get("timescale") == 0:
-        raise ConfigError("lr_scheduler_kwargs' timescale is 0; give a number of steps")
-    return _with_min_lr_rate(config, dict(kwargs)) if name == "cosine_with_min_lr" else dict(kwargs)
-
-
-def _with_min_lr_rate(config: OptimConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Replace an absolute min_lr by its ratio to the peak."""
-    if ("min_lr" in kwargs) == ("min_lr_rate" in kwargs):
-        raise ConfigError(
-            "cosine_with_min_lr needs lr_scheduler_kwargs with one of min_lr (absolute) and min_lr_rate (of the peak)"
-        )
-    if "min_lr" in kwargs:
-        min_lr = kwargs.pop("min_lr")
-        if min_lr > config.learning_rate or config.learning_rate == 0:
-            raise ConfigError(f"lr_scheduler_kwargs' min_lr is {min_lr}, but learning_rate is {config.learning_rate}")
-        kwargs["min_lr_rate"] = min_lr / config.learning_rate
-    _check("lr_scheduler_kwargs' min_lr_rate", kwargs["min_lr_rate"], most=1.0)
-    return kwargs
-
-
-Factor = Callable[[Float[Array, ""]], Float[Array, ""]]
-
-
-def _linear(warmup: int, total_steps: int) -> Factor:
-    return lambda step: jnp.maximum(0.0, (total_steps - step) / max(1, total_steps - warmup))
-
-
-def _cosine(warmup: int, total_steps: int, num_cycles: float = 0.5, min_lr_rate: float = 0.0) -> Factor:
-    length = max(1, total_steps - warmup)
-    return lambda step: _wave(step - warmup, length, num_cycles) * (1 - min_lr_rate) + min_lr_rate
-
-
-def _wave(done: Float[Array, ""], length: int, num_cycles: float) -> Float[Array, ""]:
-    """(1 + cos(2 pi num_cycles done / length)) / 2, as a squared sine of the distance to the wave's nearest zero.
-
-    The plain formula loses all digits in float32 where it approaches 0, which is where a run ends.
-    """
-    done = num_cycles * done
-    distance = done - (jnp.floor(done / length) + 0.5) * length
-    return jnp.square(jnp.sin(jnp.pi * distance / length))
-
-
-def _inverse_sqrt(warmup: int, timescale: float | None = None) -> Factor:
-    timescale = timescale or warmup or 10_000
-    return lambda step: 1 / jnp.sqrt((step + (timescale - warmup)) / timescale)
-
-
-def _warmup_stable_decay(
-    warmup: int,
-    total_steps: int,
-    num_decay_steps: int,
-    num_stable_steps: int | None = None,
-    warmup_type: str = "linear",
-    decay_type: str = "cosine",
-    min_lr_ratio: float = 0.0,
-    num_cycles: float = 0.5,
-) -> Factor:
-    """Warm up, stay at the peak, decay to min_lr_ratio of it."""
-    if num_stable_steps is None:
-        num_stable_steps = total_steps - warmup - num_decay_steps
-    if num_stable_steps < 0:
-        raise ConfigError(
-            f"num_decay_steps is {num_decay_steps}; with {warmup} warm-up steps it exceeds the run of {total_steps}"
-        )
-    decay_start = warmup + num_stable_steps
-
-    def factor(step: Float[Array, ""]) -> Float[Array, ""]:
-        # Beyond its own phase a ramp's value is not used; the clip keeps its square root real.
-        up = _ramp(jnp.clip(warmup - step, 0, warmup), max(1, warmup), warmup_type, 0.5)
-        down = _ramp(jnp.clip(step - decay_start, 0, num_decay_steps), max(1, num_decay_steps), decay_type, num_cycles)
-        scaled_up, scaled_down = (value * (1 - min_lr_ratio) + min_lr_ratio for value in (up, down))
-        after = jnp.where(step < decay_start + num_decay_steps, scaled_down, min_lr_ratio)
-        return jnp.where(step < warmup, scaled_up, jnp.where(step < decay_start, 1.0, after))
-
-    return factor
-
-
-def _ramp(done: Float[Array, ""], length: int, kind: str, num_cycles: float) -> Float[Array, ""]:
-    """From 1 at done = 0 down to 0 at done = length."""
-    if kind == "linear":
-        return (length - done) / length
-    if kind == "cosine":
-        return _wave(done, length, num_cycles)
-    # 1 - sqrt(p) without its cancellation near p = 1.
-    return (length - done) / length / (1 + jnp.sqrt(done / length))

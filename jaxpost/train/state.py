@@ -13,7 +13,8 @@ from jaxtyping import Int
 
 from jaxpost.sharding import path_of, shardings
 
-DECAYED = (".kernel", ".embedding")
+# Matrices in their last two dimensions; in front of these, whatever they are stacked by.
+DECAYED = (".kernel", ".embedding", ".lora_a", ".lora_b")
 
 
 @jax.tree_util.register_dataclass

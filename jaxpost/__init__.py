@@ -5,19 +5,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxpost.methods import SFTConfig
+    from jaxpost.models.adapters import attach, merge_adapter, set_adapter, without_adapters
     from jaxpost.models.export import save_pretrained
-    from jaxpost.models.hf import from_pretrained
+    from jaxpost.models.lora_config import LoraConfig
+    from jaxpost.models.peft import load_adapter, save_adapter
+    from jaxpost.models.pretrained import from_pretrained
     from jaxpost.trainer import SFTTrainer
 
 # Public name -> module; imported on first use, so that `import jaxpost` costs nothing.
 _PUBLIC = {
-    "from_pretrained": "jaxpost.models.hf",
+    "from_pretrained": "jaxpost.models.pretrained",
     "save_pretrained": "jaxpost.models.export",
+    **dict.fromkeys(["attach", "merge_adapter", "set_adapter", "without_adapters"], "jaxpost.models.adapters"),
+    **dict.fromkeys(["load_adapter", "save_adapter"], "jaxpost.models.peft"),
+    "LoraConfig": "jaxpost.models.lora_config",
     "SFTConfig": "jaxpost.methods",
     "SFTTrainer": "jaxpost.trainer",
 }
 
-__all__ = ["SFTConfig", "SFTTrainer", "from_pretrained", "save_pretrained"]
+__all__ = [
+    "LoraConfig",
+    "SFTConfig",
+    "SFTTrainer",
+    "attach",
+    "from_pretrained",
+    "load_adapter",
+    "merge_adapter",
+    "save_adapter",
+    "save_pretrained",
+    "set_adapter",
+    "without_adapters",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from jaxpost.errors import ConfigError
 from jaxpost.models.families import architecture, rows_of
 from jaxpost.models.memory import copy
 from jaxpost.models.publish import CONFIG, INDEX, WEIGHTS, replacing
+from jaxpost.models.quant import check_dense
 from jaxpost.models.rows import HFTensor, hf_tensors
 from jaxpost.models.transformer import Decoder
 from jaxpost.sharding import path_of
@@ -55,9 +56,14 @@ def save_pretrained(
         max_shard_size: the most bytes of one file: a number, or a text such as 5GB or 200MB (powers of ten).
 
     Raises:
-        ConfigError: `path` is a file; `max_shard_size` is no size.
+        ConfigError: `path` is a file; `max_shard_size` is no size; the model has adapters, or its kernels are quantised.
         CheckpointError: the disk is full, or the folder cannot be written.
     """
+    if model.adapters is not None:
+        raise ConfigError(
+            "the model has adapters: save_adapter writes the one in use; merge_adapter(model) can be saved"
+        )
+    check_dense(model)
     limit, target = parse_size(max_shard_size), Path(os.path.realpath(os.path.expanduser(path)))
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} is a file; give a folder to save the model in")

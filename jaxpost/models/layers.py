@@ -9,6 +9,9 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from jaxpost.models.lora import Adapter, project
+from jaxpost.models.quant import Kernel, with_dense
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -18,14 +21,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Linear(nnx.Module):
-    """`x @ kernel (+ bias)`; the kernel is [in, out], cast to the dtype of `x`."""
+    """`x @ kernel (+ bias)`; the kernel is [in, out], perhaps in few bits, and cast to the dtype of `x`."""
 
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool = False, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_dim, out_dim)) * 0.02)
+        self.kernel: Kernel = nnx.Param(jax.random.normal(rngs.params(), (in_dim, out_dim)) * 0.02)
         self.bias = nnx.Param(jnp.zeros(out_dim)) if bias else None
+        self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = with_dense(partial(project, self.adapter), x, self.kernel)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -47,17 +51,21 @@ class RMSNorm(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Token embedding [V, D]; `attend` multiplies with its transpose, for tied heads."""
+    """Token embedding [V, D]; `attend` multiplies with its transpose, for tied heads, which have their own adapter."""
 
     def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, dim)) * 0.02)
+        self.adapter: Adapter | None = nnx.data(None)
+        self.head_adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, tokens: Int[Array, "rows"], dtype: str) -> Float[Array, "rows D"]:
         # An id outside of the table becomes NaN rather than a neighbour's row: see `data` for the check with a name.
+        if self.adapter is not None:
+            return self.adapter.lookup(tokens, self.embedding[...], dtype)
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
     def attend(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        return jnp.matmul(h, self.embedding[...].astype(h.dtype).T, preferred_element_type=jnp.float32)
+        return project(self.head_adapter, h, self.embedding[...].astype(h.dtype).T, jnp.float32)
 
 
 class Head(nnx.Module):
@@ -65,9 +73,10 @@ class Head(nnx.Module):
 
     def __init__(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (dim, vocab_size)) * 0.02)
+        self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        return jnp.matmul(h, self.kernel[...].astype(h.dtype), preferred_element_type=jnp.float32)
+        return project(self.adapter, h, self.kernel[...].astype(h.dtype), jnp.float32)
 
 
 class MLP(nnx.Module):

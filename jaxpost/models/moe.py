@@ -12,7 +12,11 @@ from jaxtyping import Bool, Float, Int
 
 from jaxpost.models.config import Experts, ModelConfig
 from jaxpost.models.layers import ACTIVATIONS, MLP, Linear
+from jaxpost.models.lora import LoRA
+from jaxpost.models.quant import Kernel, with_dense
 from jaxpost.sharding import BATCH_AXES, batch_groups
+
+Factors = tuple[tuple[Array, ...], ...]  # of the adapters of gate, up and down, each empty without one
 
 
 class Routing(NamedTuple):
@@ -31,7 +35,12 @@ class ExpertLinear(nnx.Module):
     """One kernel [in, out] an expert: [E, in, out]."""
 
     def __init__(self, num_experts: int, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (num_experts, in_dim, out_dim)) * 0.02)
+        self.kernel: Kernel = nnx.Param(jax.random.normal(rngs.params(), (num_experts, in_dim, out_dim)) * 0.02)
+        self.adapter: LoRA | None = nnx.data(None)
+
+    def factors(self, dtype: Any) -> tuple[Array, ...]:
+        """The adapter's [E, in, R] and [E, R, out]; nothing without one."""
+        return () if self.adapter is None else tuple(factor.astype(dtype) for factor in self.adapter.factors())
 
 
 class ExpertMLPs(nnx.Module):
@@ -60,8 +69,10 @@ class MoE(nnx.Module):
         weights, chosen = jax.lax.top_k(probabilities, self.config.num_per_token)
         if self.config.normalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        kernels = (part.kernel[...].astype(x.dtype) for part in (self.experts.gate, self.experts.up, self.experts.down))
-        out = _on_each_device(self.activation, x, weights.astype(x.dtype), chosen, *kernels)
+        parts = self.experts.gate, self.experts.up, self.experts.down
+        factors = tuple(part.factors(x.dtype) for part in parts)
+        visit = partial(_on_each_device, self.activation, weights.astype(x.dtype), chosen, factors)
+        out = with_dense(visit, x, *(part.kernel for part in parts))
         if self.shared is not None and self.shared_share is not None:
             out = out + jax.nn.sigmoid(self.shared_share(x)) * self.shared(x)
         return out, Routing(probabilities, chosen)
@@ -85,21 +96,24 @@ def balance_loss(
     return num_experts * jnp.sum(visits.sum(axis=0) / total * (mass.sum(axis=0) / total))
 
 
-def _on_each_device(activation: str, x: Array, weights: Array, chosen: Array, *kernels: Array) -> Array:
+def _on_each_device(
+    activation: str, weights: Array, chosen: Array, factors: Factors, x: Array, *kernels: Array
+) -> Array:
     """`_visit_experts`, with each group of devices sorting its own tokens, so that none move between devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or len(x) % batch_groups(mesh):
-        return _visit_experts(activation, x, weights, chosen, *kernels)
+        return _visit_experts(activation, x, weights, chosen, factors, *kernels)
     split = kernels[0].shape[-1] % mesh.shape["tensor"] == 0
     tensor = "tensor" if split else None
 
-    def visit(*arrays: Array) -> Array:
+    def visit(*arrays: Any) -> Array:
         out = _visit_experts(activation, *arrays)
         return jax.lax.psum(out, "tensor") if split else out
 
     rows, wide, tall = P(BATCH_AXES), P(None, None, tensor), P(None, tensor)
-    specs: Any = (rows, rows, rows, wide, wide, tall)
-    return jax.shard_map(visit, in_specs=specs, out_specs=rows, check_vma=False)(x, weights, chosen, *kernels)
+    thin = tuple(spec[: len(part)] for spec, part in zip([(P(), wide), (P(), wide), (tall, P())], factors, strict=True))
+    specs: Any = (rows, rows, rows, thin, wide, wide, tall)
+    return jax.shard_map(visit, in_specs=specs, out_specs=rows, check_vma=False)(x, weights, chosen, factors, *kernels)
 
 
 def _visit_experts(
@@ -107,6 +121,7 @@ def _visit_experts(
     x: Float[Array, "rows D"],
     weights: Float[Array, "rows k"],
     chosen: Int[Array, "rows k"],
+    factors: Factors,
     gate: Float[Array, "E D F"],
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
@@ -115,6 +130,12 @@ def _visit_experts(
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     token = order // chosen.shape[1]
     visit = partial(jax.lax.ragged_dot, group_sizes=jnp.bincount(chosen.reshape(-1), length=len(gate)))
+
+    def apply(rows: Array, kernel: Array, thin: tuple[Array, ...]) -> Array:
+        y = visit(rows, kernel)
+        return y + visit(visit(rows, thin[0]), thin[1]) if thin else y
+
     visitors = x[token]
-    out = visit(ACTIVATIONS[activation](visit(visitors, gate)) * visit(visitors, up), down)
+    hidden = ACTIVATIONS[activation](apply(visitors, gate, factors[0])) * apply(visitors, up, factors[1])
+    out = apply(hidden, down, factors[2])
     return jnp.zeros_like(x).at[token].add(out * weights.reshape(-1)[order][:, None])

@@ -12,6 +12,8 @@ from jaxpost.errors import CheckpointError, one_line
 from jaxpost.locks import locked
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MARKS = (CONFIG, ADAPTER_CONFIG)  # by which a folder is taken for a model or an adapter
 
 
 @contextmanager
@@ -19,7 +21,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """A new folder to write in, whose files become those of `target` at the end, or are gone if anything fails.
 
     A `target` that holds files keeps them, but for those that have new ones' names and for weights of the old model.
-    While they are exchanged it has no config.json, without which nothing takes it for a model.
+    While they are exchanged it has none of MARKS, so that nothing takes it for a model.
 
     Raises:
         CheckpointError: a file cannot be written or moved.
@@ -65,28 +67,29 @@ def _staging(target: Path) -> Iterator[Path]:
 
 
 def _move_in(staging: Path, target: Path) -> None:
-    """Exchange the model that `target` may hold; config.json is the first file to go and the last to come."""
+    """Exchange the model or adapter that `target` may hold; its mark is the first file to go and the last to come."""
     new = {path.name for path in staging.iterdir()}
-    (target / CONFIG).unlink(missing_ok=True)
+    for mark in MARKS:
+        (target / mark).unlink(missing_ok=True)
     _to_disk(target)
     template = ["chat_template.jinja"] if "tokenizer_config.json" in new else []
     for name in [*_weights(target), *template]:
         if name not in new:
             (target / name).unlink(missing_ok=True)
-    for name in sorted(new, key=lambda name: name == CONFIG):
+    for name in sorted(new, key=lambda name: name in MARKS):
         if (staging / name).is_dir():
             shutil.rmtree(target / name, ignore_errors=True)
         os.replace(staging / name, target / name)
 
 
 def _weights(folder: Path) -> list[str]:
-    """Names of the weights of the model in a folder: what its index lists, the single file, and the index last."""
+    """Names of the weights in a folder: what a model's index lists, the single files, and the index last."""
     try:
         listed = json.loads((folder / INDEX).read_bytes())["weight_map"].values()
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):  # none, or not ours
         listed = ()
     inside = {name for name in listed if isinstance(name, str) and name == os.path.basename(name)}
-    return [*sorted(name for name in inside if name.endswith(".safetensors")), WEIGHTS, INDEX]
+    return [*sorted(name for name in inside if name.endswith(".safetensors")), WEIGHTS, ADAPTER_WEIGHTS, INDEX]
 
 
 def _to_disk(path: Path) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from jaxpost.models.attention import RESIDUALS, Places, attend_cache, attention
 from jaxpost.models.config import Compute, ModelConfig
 from jaxpost.models.layers import MLP, Embed, Head, Linear, RMSNorm
+from jaxpost.models.lora import Adapters
 from jaxpost.models.moe import MoE, Routing, balance_loss, balance_terms
 from jaxpost.models.rotary import BY_LENGTH, apply_rotary, rotary_angles, text_lengths
 from jaxpost.sharding import constrain
@@ -133,6 +134,7 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps, offset=config.norm_offset)
         tied = config.tie_embeddings and head == "lm"
         self.head = None if tied else Head(config.embed_dim, 1 if head == "reward" else config.vocab_size, rngs=rngs)
+        self.adapters: Adapters | None = nnx.data(None)
 
     def __call__(
         self,

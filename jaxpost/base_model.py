@@ -10,10 +10,12 @@ from jax.sharding import Mesh
 
 from jaxpost.data.tokenizer import embedding_rows, num_ids, prepare_tokenizer, special_ids
 from jaxpost.errors import ConfigError
-from jaxpost.models.checkpoint import open_checkpoint
+from jaxpost.models.adapters import active_config, attach
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.families import read_config
-from jaxpost.models.hf import load, place
+from jaxpost.models.hf import place
+from jaxpost.models.lora_config import LoraConfig
+from jaxpost.models.pretrained import open_source
 from jaxpost.models.resize import resize_embeddings
 from jaxpost.models.transformer import Decoder
 
@@ -22,16 +24,18 @@ class BaseModel(NamedTuple):
     """A model with its tokenizer, before the weights are loaded.
 
     Attributes:
-        name: for the model card.
+        name: what was asked for, for the model card.
+        base: what an adapter's folder names as its base, and its revision.
         config: as it was opened; `load` may give more embedding rows.
         tokenizer: prepared for the run.
         vocab_size: embedding rows that the tokenizer needs.
         generation_config: what is exported with the model.
         notes: for the user.
-        load: the model, laid out on the mesh.
+        load: the model with what it trains, laid out on the mesh.
     """
 
     name: str
+    base: tuple[str, str | None]
     config: ModelConfig
     tokenizer: Any
     vocab_size: int
@@ -40,7 +44,13 @@ class BaseModel(NamedTuple):
     load: Callable[[], Decoder]
 
 
-def open_base(model: str | os.PathLike[str] | Decoder | None, args: Any, tokenizer: Any, mesh: Mesh) -> BaseModel:
+def open_base(
+    model: str | os.PathLike[str] | Decoder | None,
+    args: Any,
+    tokenizer: Any,
+    mesh: Mesh,
+    lora: LoraConfig | None = None,
+) -> BaseModel:
     """Find the model of a run and prepare its tokenizer.
 
     Args:
@@ -49,35 +59,55 @@ def open_base(model: str | os.PathLike[str] | Decoder | None, args: Any, tokeniz
         args: the run's config.
         tokenizer: by default the model's.
         mesh: where the weights go.
+        lora: a new adapter to train; None to train the whole model, or the adapter that it has.
 
     Raises:
-        ConfigError: there is no such model, or it and the tokenizer do not fit.
+        ConfigError: there is no such model, or it, its tokenizer and its adapter do not fit.
     """
     model = args.model_name_or_path if model is None else model
     if model is None:
         raise ConfigError("no model: give --model_name_or_path (a hub id, a local folder or a .gguf file)")
-    compute = args.compute()
+    compute, quantization = args.compute(), args.quantization()
     if isinstance(model, Decoder):
-        name, config, generation_config = "a given model", model.config, {}
+        if quantization is not None:
+            raise ConfigError("load_in_4bit and load_in_8bit are for loading: give the model by name, or load it so")
+        name, base = "a given model", (args.model_name_or_path or "", None)
+        config, generation_config, has_adapter = model.config, {}, active_config(model) is not None
         build = partial(place, model, compute, mesh)
     else:
-        checkpoint, name = open_checkpoint(model, args.model_revision), str(model)
-        config, generation_config = read_config(checkpoint.config, name), checkpoint.generation_config
-        tokenizer = tokenizer or checkpoint.tokenizer()
-        options = {"dtype": args.dtype, "compute": compute, "mesh": mesh}
-        build = partial(load, checkpoint, name, allow_nonfinite=args.allow_nonfinite_weights, **options)
+        source, name = open_source(model, args.model_revision), str(model)
+        base, has_adapter = (source.name, source.revision), source.adapter is not None
+        config, generation_config = read_config(source.checkpoint.config, name), source.checkpoint.generation_config
+        tokenizer = tokenizer or source.tokenizer()
+        options = {"dtype": args.dtype, "compute": compute, "mesh": mesh, "quantization": quantization}
+        build = partial(source.load, allow_nonfinite=args.allow_nonfinite_weights, **options)
+    _check_adapter(name, lora, has_adapter, quantization)
     if tokenizer is None:
         raise ConfigError("no tokenizer: give processing_class along with a loaded model")
     tokenizer = prepare_tokenizer(tokenizer, args)
     vocab_size, notes = embedding_rows(tokenizer, config.vocab_size), []
     if vocab_size > config.vocab_size:
         grown = f"from {config.vocab_size} to {vocab_size} rows for the tokenizer's {num_ids(tokenizer)} ids"
+        if lora is not None and "embed_tokens" not in (lora.modules_to_save or ()):
+            raise ConfigError(f"the vocabulary grows {grown}; train them: --lora_modules_to_save embed_tokens lm_head")
         notes.append(f"the vocabulary grew {grown}; new rows are the mean of the old ones")
     special = special_ids(tokenizer, generation_config, config.hf, vocab_size)
 
     def loaded() -> Decoder:
-        grown = resize_embeddings(build(), vocab_size)
+        grown = build()
+        grown = resize_embeddings(grown, max(vocab_size, grown.config.vocab_size))
         grown.config = replace(grown.config, hf={**grown.config.hf, **special})
-        return grown
+        return grown if lora is None else attach(grown, lora, seed=args.seed)
 
-    return BaseModel(name, config, tokenizer, vocab_size, {**generation_config, **special}, notes, loaded)
+    return BaseModel(name, base, config, tokenizer, vocab_size, {**generation_config, **special}, notes, loaded)
+
+
+def _check_adapter(name: str, lora: LoraConfig | None, has_adapter: bool, quantization: str | None) -> None:
+    if has_adapter and lora is not None:
+        raise ConfigError(
+            f"{name} has an adapter already: leave out --use_peft to go on with it, or merge it first (jaxpost export)"
+        )
+    if quantization is not None and lora is None and not has_adapter:
+        raise ConfigError(
+            "kernels in few bits cannot be trained themselves; add --use_peft to train an adapter on them"
+        )

@@ -18,6 +18,7 @@ USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
 
   sft        supervised fine-tuning
   generate   complete prompts with a model
+  export     write a run's model, or an adapter merged into its base, as a Hugging Face folder
   preview    show what a method would train on: jaxpost preview [sft] with its flags
 
 jaxpost <command> --help lists its flags."""
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, flags: list[str]) -> int:
     # Quiet by default: these libraries warn about PyTorch and about tokenizers in forked workers.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from jaxpost.export import ExportConfig, run_export
     from jaxpost.generate import GenerateConfig, run_generate
     from jaxpost.methods import METHODS
     from jaxpost.preview import run_preview
@@ -54,12 +56,15 @@ def _run(command: str, flags: list[str]) -> int:
     if command == "generate":
         run_generate(parse(GenerateConfig, command, flags))
         return 0
+    if command == "export":
+        run_export(parse(ExportConfig, command, flags))
+        return 0
     if command == "preview":
         name = flags.pop(0) if flags and flags[0] in METHODS else "sft"
         run_preview(METHODS[name], parse(METHODS[name].config, name, flags))
         return 0
     if command not in METHODS:
-        known = (*METHODS, "generate", "preview")
+        known = (*METHODS, "generate", "export", "preview")
         raise ConfigError(f"unknown command {command!r}{nearest(command, known)}; known: {', '.join(known)}")
     trainer = Trainer(METHODS[command], args=parse(METHODS[command].config, command, flags))
     trainer.train()

@@ -9,10 +9,9 @@ from jaxpost.data.chat import encode_prompt
 from jaxpost.data.sources import load_rows
 from jaxpost.data.tokenizer import eos_ids
 from jaxpost.errors import ConfigError, DataError
-from jaxpost.models.checkpoint import open_checkpoint
 from jaxpost.models.config import Compute
 from jaxpost.models.families import read_config
-from jaxpost.models.hf import load
+from jaxpost.models.pretrained import open_source
 from jaxpost.options import option
 from jaxpost.rl.generate import generate
 
@@ -45,8 +44,8 @@ def run_generate(config: GenerateConfig) -> None:
     rows = load_rows(str(config.dataset_name), config.dataset_split)
     if "prompt" not in rows.column_names:
         raise DataError(f"{config.dataset_name}: no column 'prompt'; columns: {', '.join(rows.column_names)}")
-    checkpoint = open_checkpoint(str(config.model_name_or_path))
-    tokenizer = checkpoint.tokenizer()
+    source = open_source(str(config.model_name_or_path))
+    checkpoint, tokenizer = source.checkpoint, source.tokenizer()
     vocab_size = read_config(checkpoint.config, str(config.model_name_or_path)).vocab_size
     ends = eos_ids(tokenizer, checkpoint.generation_config, checkpoint.config, vocab_size)
     cells = zip(*(rows[column] for column in ("prompt", "tools", "chat_template_kwargs")), strict=True)
@@ -55,12 +54,8 @@ def run_generate(config: GenerateConfig) -> None:
         encode_prompt(prompt, tokenizer, row=row, tools=tools, chat_template_kwargs=kwargs, **options)
         for row, (prompt, tools, kwargs) in enumerate(cells)
     ]
-    model = load(
-        checkpoint,
-        str(config.model_name_or_path),
-        dtype=config.dtype,
-        compute=Compute(dtype=config.dtype),
-        allow_nonfinite=config.allow_nonfinite_weights,
+    model = source.load(
+        dtype=config.dtype, compute=Compute(dtype=config.dtype), allow_nonfinite=config.allow_nonfinite_weights
     )
     completions = generate(
         model,

@@ -18,6 +18,8 @@ from jaxpost.data.tokenizer import TokenizerConfig
 from jaxpost.errors import ConfigError
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.hf import ModelArguments
+from jaxpost.models.lora_config import LoRAArguments
+from jaxpost.models.quant import QuantConfig
 from jaxpost.objectives.base import Objective
 from jaxpost.objectives.sft import SFT
 from jaxpost.options import check_parts, option, part_of
@@ -32,6 +34,8 @@ from jaxpost.train.optim import OptimConfig
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(
     ModelArguments,
+    LoRAArguments,
+    QuantConfig,
     DatasetConfig,
     TokenizerConfig,
     StoreConfig,

@@ -19,7 +19,11 @@ from jaxpost.data.loader import Loader
 from jaxpost.data.rows import as_rows
 from jaxpost.errors import ConfigError
 from jaxpost.methods import METHODS, Method, SFTConfig, changed_fields, config_yaml, with_router_coef
+from jaxpost.models.adapters import active_config
 from jaxpost.models.export import save_pretrained
+from jaxpost.models.lora import trainable_filter, with_dropout
+from jaxpost.models.lora_config import LoraConfig, PeftConfig, as_lora_config
+from jaxpost.models.peft import save_adapter
 from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Batch
 from jaxpost.pipeline import Pipeline
@@ -28,7 +32,7 @@ from jaxpost.train.checkpoint import Checkpoints
 from jaxpost.train.evaluate import evaluate, make_eval_step
 from jaxpost.train.logging import RunLog
 from jaxpost.train.loop import Schedule, fit
-from jaxpost.train.optim import make_optimizer, make_schedule
+from jaxpost.train.optim import check_loraplus, make_optimizer, make_schedule
 from jaxpost.train.report import write_curves, write_model_card
 from jaxpost.train.state import TrainState, create_state, decay_mask, merge
 from jaxpost.train.step import Programs, make_annotate, make_step
@@ -41,9 +45,11 @@ def SFTTrainer(
     eval_dataset: Any = None,
     processing_class: Any = None,
     formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
+    peft_config: LoraConfig | PeftConfig | None = None,
 ) -> "Trainer":
     """Supervised fine-tuning with TRL's argument names; see `Trainer`."""
-    return Trainer(METHODS["sft"], model, args, train_dataset, eval_dataset, processing_class, formatting_func)
+    data = (train_dataset, eval_dataset, processing_class, formatting_func)
+    return Trainer(METHODS["sft"], model, args, *data, peft_config)
 
 
 class Trainer:
@@ -58,6 +64,7 @@ class Trainer:
         eval_dataset: likewise, for evaluation.
         processing_class: a transformers tokenizer; by default the model's. Tokens added to it grow the model.
         formatting_func: makes the text to train on from a row.
+        peft_config: the adapter to train, ours or a `peft.LoraConfig`; by default what `args` say.
 
     Raises:
         ConfigError, DataError: one line each, before anything is written.
@@ -72,6 +79,7 @@ class Trainer:
         eval_dataset: Any = None,
         processing_class: Any = None,
         formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
+        peft_config: LoraConfig | PeftConfig | None = None,
     ):
         self.method = method
         self.args = method.config() if args is None else args
@@ -81,7 +89,9 @@ class Trainer:
         if cache := self.args.compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
         self.mesh = make_mesh(self.args.mesh)
-        self.base = open_base(model, self.args, processing_class, self.mesh)
+        lora = self.args.lora_config() if self.args.use_peft else None
+        lora = lora if peft_config is None else as_lora_config(peft_config)
+        self.base = open_base(model, self.args, processing_class, self.mesh, lora)
         self.processing_class, self.notes = self.base.tokenizer, self.base.notes
         self.args = with_router_coef(self.args, self.base.config)
         self.objective = method.objective(self.args)
@@ -96,6 +106,8 @@ class Trainer:
         )
         self.train_loader, self.eval_loader = self.pipeline.loaders(train_dataset, eval_dataset)
         self.model: Decoder = self.base.load()
+        self.trainable = trainable_filter(self.model)
+        check_loraplus(self.args, nnx.to_pure_dict(nnx.state(self.model, self.trainable)))
 
     def train(self) -> dict[str, float]:
         """Run to the end and write the model, its metrics, curves and card to `output_dir`.
@@ -109,7 +121,7 @@ class Trainer:
         schedule = make_schedule(args, total)
         optimizer = make_optimizer(args, schedule, decay_mask)
         with jax.set_mesh(self.mesh):
-            graphdef, state = create_state(self.model, optimizer, nnx.Param, self.mesh)
+            graphdef, state = create_state(self.model, optimizer, self.trainable, self.mesh)
             checkpoints = Checkpoints(self.output_dir / "checkpoints", args, loader.fingerprint())
             state, facts = checkpoints.restore(state) or (state, {"num_tokens": 0})
             annotate = make_annotate(self.objective, graphdef)
@@ -122,6 +134,8 @@ class Trainer:
                     schedule,
                     max_grad_norm=args.max_grad_norm,
                     num_micro_batches=args.gradient_accumulation_steps,
+                    seed=args.seed,
+                    training=with_dropout,
                 )
             )
             with self._log(total, int(state.step)) as log:
@@ -149,14 +163,18 @@ class Trainer:
             self.eval_loader = self.pipeline.eval_loader(as_rows(eval_dataset, "eval_dataset"))
         if self.eval_loader is None:
             raise ConfigError("nothing to evaluate on: give eval_dataset, or --dataset_name with a test split")
-        graphdef, params, frozen = nnx.split(self.model, nnx.Param, ...)
+        graphdef, params, frozen = nnx.split(self.model, self.trainable, ...)
         with jax.set_mesh(self.mesh):
             state = TrainState(jnp.int32(0), nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), None)
             return self._evaluation(graphdef, self.eval_loader)(state)
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
-        """Write the model as it is now to a Hugging Face folder."""
-        save_pretrained(self.model, self.processing_class, path, generation_config=self.base.generation_config)
+        """Write the model as it is now to a Hugging Face folder, or its adapter in PEFT's format."""
+        if active_config(self.model) is None:
+            save_pretrained(self.model, self.processing_class, path, generation_config=self.base.generation_config)
+        else:
+            name, revision = self.base.base
+            save_adapter(self.model, path, name, revision=revision, tokenizer=self.processing_class)
 
     def _evaluation(self, graphdef: Any, loader: Loader) -> Callable[[TrainState], dict[str, float]]:
         step = make_eval_step(self.objective, graphdef)

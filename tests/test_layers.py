@@ -12,7 +12,7 @@ FLOOR = {
     "train": 4,
     **dict.fromkeys(["methods", "base_model"], 5),
     "pipeline": 6,
-    **dict.fromkeys(["trainer", "plan", "generate", "preview"], 7),
+    **dict.fromkeys(["trainer", "plan", "generate", "export", "preview"], 7),
     "cli": 8,
     **dict.fromkeys(["__main__", "__init__"], 9),
 }

@@ -40,11 +40,12 @@ def make_step(
     *,
     max_grad_norm: float | None,
     num_micro_batches: int,
+    seed: int = 0,
+    training: Callable[[Any, Array], Any] = lambda model, key: model,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """Compile-ready train step.
 
-    Gradients of the micro-batches' totals are summed and divided once by the summed count, so the result does not
-    depend on how a batch is split.
+    The result does not depend on how a batch is split into micro-batches, but for what is random.
 
     Args:
         objective: the method.
@@ -54,23 +55,17 @@ def make_step(
         schedule: learning rate of each step, for the report.
         max_grad_norm: global-norm clipping; None or 0 for none.
         num_micro_batches: gradient accumulation steps; must divide the rows of each device.
+        seed: of the run.
+        training: the model as it trains, with what is random about that drawn from the key of a micro-batch.
     """
 
-    def total_loss(params: Any, frozen: Any, micro: Batch) -> tuple[Array, dict[str, Mean]]:
-        loss, metrics = objective.loss(merge(graphdef, params, frozen), micro)
+    def total_loss(params: Any, frozen: Any, micro: Batch, key: Array) -> tuple[Array, dict[str, Mean]]:
+        loss, metrics = objective.loss(training(merge(graphdef, params, frozen), key), micro)
         return loss.total, {"loss": loss, **metrics}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
-        gradient = jax.grad(total_loss, has_aux=True)
-
-        def accumulate(grads: Any, micro: Batch) -> tuple[Any, dict[str, Mean]]:
-            new, means = gradient(state.params, state.frozen, micro)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), means
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-        grads, stacked = lax.scan(accumulate, zeros, split_batch(batch, num_micro_batches))
-        means = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(means["loss"].count, 1), grads)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), num_micro_batches)
+        grads, means = _mean_gradient(total_loss, state, split_batch(batch, num_micro_batches), keys)
         grads, norm = clip_by_global_norm(grads, max_grad_norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(means["loss"].total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -90,6 +85,22 @@ def make_step(
     # Without this the compiler picks the layout of the new state, and the second step compiles again.
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+
+def _mean_gradient(
+    total_loss: Callable[..., tuple[Array, dict[str, Mean]]], state: TrainState, micros: Batch, keys: Array
+) -> tuple[Any, dict[str, Mean]]:
+    """The gradients of the micro-batches' totals, summed and divided once by the summed count; and the summed means."""
+    gradient = jax.grad(total_loss, has_aux=True)
+
+    def accumulate(grads: Any, part: tuple[Batch, Array]) -> tuple[Any, dict[str, Mean]]:
+        new, means = gradient(state.params, state.frozen, *part)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), means
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+    grads, stacked = lax.scan(accumulate, zeros, (micros, keys))
+    means = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
+    return jax.tree.map(lambda g: g / jnp.maximum(means["loss"].count, 1), grads), means
 
 
 class Programs:

@@ -56,7 +56,7 @@ def save_pretrained(
         max_shard_size: the most bytes of one file: a number, or a text such as 5GB or 200MB (powers of ten).
 
     Raises:
-        ConfigError: `path` is a file; `max_shard_size` is no size; the model has adapters, or its kernels are quantised.
+        ConfigError: `path` is a file; `max_shard_size` is no size; the model has adapters or quantised kernels.
         CheckpointError: the disk is full, or the folder cannot be written.
     """
     if model.adapters is not None:

@@ -6,14 +6,16 @@ No kernel is ever changed: a model without its adapters is its base, to the bit,
 is trained is told by the type of its Variable.
 """
 
+import math
 import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Int, Key, UInt32
 
 from jaxpost.models.lora_config import LoraConfig
 
@@ -100,8 +102,8 @@ class LoRA(nnx.Module):
     def _drop(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows in"]:
         if self.key is None:
             return x
-        keep = jax.random.bernoulli(self.key[...], 1 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        dropped = uniform_bits(self.key[...], x.shape) < np.uint32(self.dropout * 2**32)
+        return jnp.where(dropped, 0, x / (1 - self.dropout)).astype(x.dtype)
 
     def _gain(self, kernel: Float[Array, "*stack in out"]) -> Float[Array, "*stack out"]:
         """What each output is multiplied with: m over the length of its column."""
@@ -110,6 +112,23 @@ class LoRA(nnx.Module):
         length = jax.lax.stop_gradient(column_lengths(kernel.astype(jnp.float32) + a @ b))
         gain = self.magnitude[...] / jnp.maximum(length, jnp.finfo(jnp.float32).tiny)
         return jnp.where(self.scale[...] == 0, 1.0, gain)
+
+
+def uniform_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Random bits from hashed counters: the same on every mesh, as jax.random's are, at a few operations an element.
+
+    A mask for each linear layer is as many numbers as a model has activations; drawn by threefry they took longer on a
+    CPU than the matrix products. The hash is Wellons, 2018, "Prospecting for Hash Functions" (lowbias32), between whose
+    rounds the second half of the key comes in.
+    """
+    first, second = jax.random.key_data(key)
+    counters = jax.lax.iota(np.uint32, math.prod(shape)).reshape(shape)
+    bits = counters ^ first
+    for word in (second, np.uint32(0)):
+        bits = (bits ^ bits >> 16) * np.uint32(0x7FEB352D)
+        bits = (bits ^ bits >> 15) * np.uint32(0x846CA68B)
+        bits = (bits ^ bits >> 16) + word
+    return bits
 
 
 class Copy(nnx.Module):

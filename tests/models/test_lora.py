@@ -20,7 +20,7 @@ from jaxpost.models.config import Compute
 from jaxpost.models.families import read_config
 from jaxpost.models.hf import place
 from jaxpost.models.layers import Linear
-from jaxpost.models.lora import Copy, DropoutKey, LoRA, LoRAParam, trainable_filter, with_dropout
+from jaxpost.models.lora import Copy, DropoutKey, LoRA, LoRAParam, trainable_filter, uniform_bits, with_dropout
 from jaxpost.models.lora_config import LoraConfig
 from jaxpost.models.quant import dequantize, quantize
 from jaxpost.models.transformer import Decoder
@@ -230,7 +230,7 @@ def test_dropout_is_where_pefts_is(dora):
     layer.bias = nnx.Param(jnp.arange(5.0))
     layer.adapter = dropping(LoRA(arrays, (2,), 0.4), key)
     x, kernel = jax.random.normal(jax.random.key(9), (64, 8)), layer.kernel[...]
-    kept = jnp.where(jax.random.bernoulli(key, 0.6, x.shape), x / 0.6, 0)
+    kept = jnp.where(uniform_bits(key, x.shape) < np.uint32(0.4 * 2**32), 0, x / 0.6)
     update = kept @ arrays["lora_a"] @ (1.5 * arrays["lora_b"])
     expected = x @ kernel + jnp.arange(5.0) + update
     if dora:
@@ -328,3 +328,25 @@ def test_adapters_compute_in_the_dtype_of_activations_and_stay_float32():
     assert rough.dtype == np.float32 and 0 < np.abs(rough - exact).max() < 0.2
     assert {leaf.dtype for leaf in gradient(model).values()} == {jnp.dtype(jnp.float32)}
     assert all(isinstance(part, Copy | LoRA) for part in active_parts(model).values())
+
+
+def test_random_bits_are_uniform_and_do_not_depend_on_each_other():
+    shape = (512, 1024)
+    draws = [np.asarray(uniform_bits(jax.random.fold_in(jax.random.key(0), i), shape)) for i in range(3)]
+    for bits in draws:
+        uniform = bits / 2**32
+        # 4.5 standard deviations of what truly random ones would give
+        for share in (0.05, 0.5, 0.9):
+            assert abs(np.mean(uniform < share) - share) < 4.5 * np.sqrt(share * (1 - share) / bits.size)
+        for axis in (0, 1):
+            for lag in (1, 2, 64):
+                one, other = (
+                    np.take(uniform, range(*ends), axis) for ends in ((lag, shape[axis]), (0, shape[axis] - lag))
+                )
+                assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 4.5 / np.sqrt(one.size)
+        ones = np.unpackbits(bits.view(np.uint8)).mean()
+        assert abs(ones - 0.5) < 4.5 * 0.5 / np.sqrt(32 * bits.size)
+        rows = (uniform < 0.05).sum(axis=1)  # as spread as a binomial's
+        assert abs(rows.var() / (1024 * 0.05 * 0.95) - 1) < 4.5 * np.sqrt(2 / 512)
+    assert abs(np.corrcoef(draws[0].ravel(), draws[1].ravel())[0, 1]) < 4.5 / np.sqrt(draws[0].size)
+    assert len({bits.tobytes() for bits in draws}) == 3

@@ -1,10 +1,11 @@
 """SFT on this machine: jaxpost against TRL, alternating, same model, same rows in the same order, both float32.
 
-    python tools/bench/sft.py --model MODEL --dataset ROWS.jsonl [--rounds 3] [--steps 10] [--batch_size 4]
+    python tools/bench/sft.py --model MODEL --dataset ROWS.jsonl [--rounds 3] [--steps 10] [--batch_size 4] [--lora 16]
 
 Each round starts a fresh process for either library and trains a few steps through its own trainer, as a user would.
 tokens/s counts real tokens (no padding) from the end of step WARM on. Prints a line a run, the medians and their ratio,
-and writes everything to --output as JSON. Needs the parity extra.
+and writes everything to --output as JSON. With --lora both train an adapter of that rank on every linear layer (TRL
+through peft), and jaxpost's full fine-tuning is a third run. Needs the parity extra.
 """
 
 import argparse
@@ -32,7 +33,17 @@ def shared(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     }
 
 
+def adapter(rank: int) -> Any:
+    """LoRA on every linear layer, for either trainer."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
+    import jax
+    from flax import nnx
+
     from jaxpost import SFTConfig, SFTTrainer
     from jaxpost.data.rows import take
     from jaxpost.data.sources import load_rows
@@ -45,10 +56,13 @@ def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
             gradient_checkpointing=args.gradient_checkpointing,
             report_to=["none"],
         )
-        SFTTrainer(args.model, config, rows).train()
+        trainer = SFTTrainer(args.model, config, rows, peft_config=adapter(args.lora) if args.lora else None)
+        trained = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(trainer.model, trainer.trainable)))
+        trainer.train()
         log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(row["step_time"] for row in log[WARM:])
-    return rate(seconds, log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"])
+    # float32: as many bytes of gradients as of parameters, and twice as many of AdamW's moments
+    return rate(seconds, log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"]) | {"trained_megabytes": 4 * trained / 1e6}
 
 
 def run_trl(args: argparse.Namespace) -> dict[str, float]:
@@ -74,7 +88,8 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
             report_to=[],
             disable_tqdm=True,
         )
-        SFTTrainer(args.model, config, train_dataset=rows, callbacks=[Timer()]).train()
+        peft_config = adapter(args.lora) if args.lora else None
+        SFTTrainer(args.model, config, train_dataset=rows, callbacks=[Timer()], peft_config=peft_config).train()
     (begin, before), (end, after) = ends[WARM - 1], ends[-1]
     return rate(end - begin, after - before)
 
@@ -107,26 +122,30 @@ def main() -> None:
     parser.add_argument("--length_buckets", type=int, default=4)
     parser.add_argument("--gradient_checkpointing", type=lambda text: text == "true", default=True)
     parser.add_argument("--trl_bf16", action="store_true", help="TRL's default autocast instead of float32")
+    parser.add_argument("--lora", type=int, default=0, help="rank of an adapter to train; 0 for the whole model")
     parser.add_argument("--only", choices=["jaxpost", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--output", default="sft.json")
     args = parser.parse_args()
     if args.only:
         print(json.dumps({"jaxpost": run_jaxpost, "trl": run_trl}[args.only](args)))
         return
-    results: dict[str, list[dict[str, float]]] = {"jaxpost": [], "trl": []}
+    results: dict[str, list[dict[str, float]]] = {"jaxpost": [], "trl": []} | ({"full": []} if args.lora else {})
     with tempfile.TemporaryDirectory() as where:
         model = as_folder(args.model, Path(where))
         for _ in range(args.rounds):
             for name, runs in results.items():
-                command = [sys.executable, __file__, *sys.argv[1:], "--model", model, "--only", name]
+                library = ["--only", "jaxpost", "--lora", "0"] if name == "full" else ["--only", name]
+                command = [sys.executable, __file__, *sys.argv[1:], "--model", model, *library]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{name:8} {runs[-1]['tokens_per_second']:7.1f} tokens/s", flush=True)
     medians = {name: statistics.median(run["tokens_per_second"] for run in runs) for name, runs in results.items()}
-    print(
-        f"median   jaxpost {medians['jaxpost']:.1f}, trl {medians['trl']:.1f} tokens/s: "
-        f"{medians['jaxpost'] / medians['trl']:.2f}x"
-    )
+    print("median   " + ", ".join(f"{name} {median:.1f}" for name, median in medians.items()) + " tokens/s")
+    for name in [name for name in medians if name != "jaxpost"]:
+        print(f"jaxpost is {medians['jaxpost'] / medians[name]:.2f}x {name}")
+    if args.lora:
+        part, whole = (results[name][0]["trained_megabytes"] for name in ("jaxpost", "full"))
+        print(f"trained, with gradients and moments: {part:.1f} MB of {whole:.1f} MB ({part / whole:.1%})")
     Path(args.output).write_text(json.dumps({"flags": vars(args), "runs": results, "medians": medians}, indent=2))
 
 

@@ -42,10 +42,11 @@ MOE = {
 }
 
 
-# Compiling is most of this file's time; see tests/parity/test_families.py.
-quick_jit = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
+# Compiling is most of this file's time; see tests/parity/test_families.py. Newer versions of jax have no such emitters.
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 @quick_jit

@@ -36,6 +36,17 @@ peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.parity
 
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cache_writes():
+    """jaxlib 0.10.2 has crashed once while it wrote one of these programs to the compilation cache."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

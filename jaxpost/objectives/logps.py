@@ -2,7 +2,8 @@
 
 Hidden states are scored in chunks along T. The scored positions of each row are moved to the front first, so chunks
 that hold none (prompts, padding) cost nothing. The backward pass computes each chunk's logits again, as in Wijmans et
-al., 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
+al., 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009. Where the head is frozen it need not
+do so: the gradient of a token's log-probability is one vector, which the forward pass keeps while it has the logits.
 """
 
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float, Int
 
 from jaxpost.objectives.base import Batch, Model
 from jaxpost.sharding import batch_groups, constrain
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits on a device
+CHUNK_BYTES_CPU = 24 * 2**20  # whose products are as fast with few rows, so that a last chunk wastes less
 
 
 class TokenScores(NamedTuple):
@@ -84,7 +87,7 @@ def score_tokens(
     chunks = (jnp.max(jnp.sum(mask, axis=1)) + size - 1) // size
     # The weights behind `unembed` become arguments, so that only they get a gradient here.
     unembed, weights = jax.closure_convert(model.unembed, h[:, :size].reshape(-1, h.shape[-1]))
-    score = partial(_score_chunk, unembed, temperature, entropy_gradient)
+    score = partial(_score_chunk, unembed, temperature=temperature, entropy_gradient=entropy_gradient)
     scores = _score_chunks(score, size, weights, h, jnp.take_along_axis(targets, order, axis=1), chunks)
     back = jnp.argsort(order, axis=1)
     return jax.tree.map(lambda x: jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)[:, :length], scores)
@@ -93,16 +96,18 @@ def score_tokens(
 def _chunk_positions(batch: int, vocab_size: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     rows = max(1, batch // (1 if mesh.empty else batch_groups(mesh)))
-    return max(1, CHUNK_BYTES // (4 * rows * vocab_size))
+    size = CHUNK_BYTES_CPU if jax.default_backend() == "cpu" else CHUNK_BYTES
+    return max(1, size // (4 * rows * vocab_size))
 
 
 def _score_chunk(
     unembed: Callable[..., Array],
-    temperature: float,
-    entropy_gradient: bool,
     weights: list[Array],
     h: Float[Array, "B C D"],
     targets: Int[Array, "B C"],
+    *,
+    temperature: float,
+    entropy_gradient: bool,
 ) -> TokenScores:
     # One row a token: XLA on CPU spreads work over the leading dimension.
     logits = unembed(h.reshape(-1, h.shape[-1]), *weights).astype(jnp.float32) / temperature
@@ -128,16 +133,49 @@ def _score_chunks(
         part = score(weights, _window(h, index, size), _window(targets, index, size))
         return jax.tree.map(lambda whole, new: _put_window(whole, new, index, size), scores, part)
 
-    empty = jnp.zeros(targets.shape, jnp.float32)
-    return lax.fori_loop(0, chunks, body, TokenScores(empty, empty, empty))
+    return lax.fori_loop(0, chunks, body, _no_scores(targets))
 
 
-def _forward(score: Any, size: int, weights: Any, h: Any, targets: Any, chunks: Any) -> tuple[TokenScores, tuple]:
-    return _score_chunks(score, size, weights, h, targets, chunks), (weights, h, targets, chunks)
+class _Saved(NamedTuple):
+    """What the backward pass needs: the gradient of each log-probability, or where that is not kept, the rest."""
+
+    slopes: Array | None = None  # [B, T, D]
+    inputs: tuple[list[Array], Array, Array, Array] | None = None
 
 
-def _backward(score: Any, size: int, saved: tuple, cotangents: TokenScores) -> tuple:
-    weights, h, targets, chunks = saved
+def _forward(
+    score: partial[TokenScores], size: int, weights: list[Any], h: Any, targets: Any, chunks: Any
+) -> tuple[TokenScores, _Saved]:
+    inputs = ([weight.value for weight in weights], h.value, targets.value, chunks.value)
+    if any(weight.perturbed for weight in weights) or score.keywords["entropy_gradient"]:
+        return _score_chunks(score, size, *inputs), _Saved(inputs=inputs)
+    scores, slopes = _score_with_slopes(score, size, *inputs)
+    return scores, _Saved(slopes=slopes)
+
+
+def _score_with_slopes(
+    score: Callable[..., TokenScores], size: int, weights: list[Array], h: Array, targets: Array, chunks: Array
+) -> tuple[TokenScores, Float[Array, "B T D"]]:
+    """The scores, and the gradient of each token's log-probability with respect to its hidden state."""
+
+    def body(index: Array, carry: tuple[TokenScores, Array]) -> tuple[TokenScores, Array]:
+        def total(x: Array) -> tuple[Array, TokenScores]:
+            part = score(weights, x, _window(targets, index, size))
+            return jnp.sum(part.logps), part
+
+        slopes, part = jax.grad(total, has_aux=True)(_window(h, index, size))
+        scores = jax.tree.map(lambda whole, new: _put_window(whole, new, index, size), carry[0], part)
+        return scores, _put_window(carry[1], slopes, index, size)
+
+    return lax.fori_loop(0, chunks, body, (_no_scores(targets), jnp.zeros_like(h)))
+
+
+def _backward(score: Callable[..., TokenScores], size: int, saved: _Saved, cotangents: TokenScores) -> tuple:
+    cotangents = jax.tree.map(_dense, cotangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    if saved.inputs is None:
+        assert saved.slopes is not None
+        return None, (saved.slopes * cotangents.logps[:, :, None]).astype(saved.slopes.dtype), None, None
+    weights, h, targets, chunks = saved.inputs
 
     def body(index: Array, gradients: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
         of_weights, of_h = gradients
@@ -150,7 +188,16 @@ def _backward(score: Any, size: int, saved: tuple, cotangents: TokenScores) -> t
     return of_weights, of_h, None, None
 
 
-_score_chunks.defvjp(_forward, _backward)
+_score_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _dense(cotangent: Any) -> Array:
+    """A cotangent as an array, also where it is known to be zero."""
+    return cotangent if isinstance(cotangent, Array) else jnp.zeros(cotangent.shape, cotangent.dtype)
+
+
+def _no_scores(targets: Array) -> TokenScores:
+    return TokenScores(*[jnp.zeros(targets.shape, jnp.float32)] * len(TokenScores._fields))
 
 
 def _window(x: Array, index: Array, size: int) -> Array:

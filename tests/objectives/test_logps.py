@@ -41,6 +41,40 @@ def test_chunks_equal_full_logits_in_value_and_gradient(tied, chunk):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_frozen_head_gives_the_same_gradient(chunk):
+    model, batch = make_model(tie_word_embeddings=False), jax.tree.map(jnp.asarray, make_batch(rows=3))
+    targets, mask = next_tokens(batch)
+    h, _ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+    graphdef, state = nnx.split(model)
+    weight = jnp.sin(jnp.arange(24.0))
+
+    def total(h, state):
+        scores = score_tokens(nnx.merge(graphdef, state), h, targets, mask, temperature=0.7, chunk=chunk)
+        return jnp.sum(scores.logps * weight) + jnp.sum(scores.entropy), scores
+
+    (_, frozen), alone = jax.jit(jax.value_and_grad(total, has_aux=True))(h, state)
+    (_, trained), (beside, _) = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(h, state)
+    np.testing.assert_allclose(alone, beside, atol=1e-6)
+    for a, b in zip(frozen, trained, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_logits_of_a_frozen_head_are_computed_once():
+    model = make_model()
+    graphdef, state = nnx.split(model)
+    h, targets, mask = jnp.ones((2, 4, 32)), jnp.ones((2, 4), jnp.int32), jnp.ones((2, 4), bool)
+
+    def total(h, state):
+        return jnp.sum(score_tokens(nnx.merge(graphdef, state), h, targets, mask).logps)
+
+    def products(argnums):
+        return str(jax.make_jaxpr(jax.grad(total, argnums=argnums))(h, state)).count("dot_general")
+
+    assert products(0) == 2  # the logits, and the gradient of h
+    assert products((0, 1)) == 4  # the logits twice, and two gradients
+
+
 def test_entropy_carries_no_gradient_unless_asked():
     model = make_model()
     batch = jax.tree.map(jnp.asarray, make_batch(rows=2))

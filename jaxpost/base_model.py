@@ -6,11 +6,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxpost.data.tokenizer import embedding_rows, num_ids, prepare_tokenizer, special_ids
 from jaxpost.errors import ConfigError
-from jaxpost.models.adapters import active_config, attach
+from jaxpost.models.adapters import active_config, attach, reference_view
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.families import read_config
 from jaxpost.models.hf import place
@@ -18,6 +21,7 @@ from jaxpost.models.lora_config import LoraConfig
 from jaxpost.models.pretrained import open_source
 from jaxpost.models.resize import resize_embeddings
 from jaxpost.models.transformer import Decoder
+from jaxpost.train.reference import Reference
 
 
 class BaseModel(NamedTuple):
@@ -50,6 +54,7 @@ def open_base(
     tokenizer: Any,
     mesh: Mesh,
     lora: LoraConfig | None = None,
+    head: str = "lm",
 ) -> BaseModel:
     """Find the model of a run and prepare its tokenizer.
 
@@ -60,6 +65,7 @@ def open_base(
         tokenizer: by default the model's.
         mesh: where the weights go.
         lora: a new adapter to train; None to train the whole model, or the adapter that it has.
+        head: lm or reward; a new reward head is trained as a whole beside a new adapter.
 
     Raises:
         ConfigError: there is no such model, or it, its tokenizer and its adapter do not fit.
@@ -72,6 +78,8 @@ def open_base(
         if quantization is not None:
             raise ConfigError("load_in_4bit and load_in_8bit are for loading: give the model by name, or load it so")
         name, base = "a given model", (args.model_name_or_path or "", None)
+        if model.head_kind != head:
+            raise ConfigError(f"the given model has a head {model.head_kind!r}; load it with head={head!r}")
         config, generation_config, has_adapter = model.config, {}, active_config(model) is not None
         build = partial(place, model, compute, mesh)
     else:
@@ -79,18 +87,15 @@ def open_base(
         base, has_adapter = (source.name, source.revision), source.adapter is not None
         config, generation_config = read_config(source.checkpoint.config, name), source.checkpoint.generation_config
         tokenizer = tokenizer or source.tokenizer()
-        options = {"dtype": args.dtype, "compute": compute, "mesh": mesh, "quantization": quantization}
+        options = {"head": head, "dtype": args.dtype, "compute": compute, "mesh": mesh, "quantization": quantization}
         build = partial(source.load, allow_nonfinite=args.allow_nonfinite_weights, **options)
     _check_adapter(name, lora, has_adapter, quantization)
+    if lora is not None and head == "reward" and "score" not in (lora.modules_to_save or ()):
+        lora = replace(lora, modules_to_save=[*(lora.modules_to_save or ()), "score"])
     if tokenizer is None:
         raise ConfigError("no tokenizer: give processing_class along with a loaded model")
     tokenizer = prepare_tokenizer(tokenizer, args)
-    vocab_size, notes = embedding_rows(tokenizer, config.vocab_size), []
-    if vocab_size > config.vocab_size:
-        grown = f"from {config.vocab_size} to {vocab_size} rows for the tokenizer's {num_ids(tokenizer)} ids"
-        if lora is not None and "embed_tokens" not in (lora.modules_to_save or ()):
-            raise ConfigError(f"the vocabulary grows {grown}; train them: --lora_modules_to_save embed_tokens lm_head")
-        notes.append(f"the vocabulary grew {grown}; new rows are the mean of the old ones")
+    vocab_size, notes = _grown(tokenizer, config.vocab_size, lora)
     special = special_ids(tokenizer, generation_config, config.hf, vocab_size)
 
     def loaded() -> Decoder:
@@ -100,6 +105,53 @@ def open_base(
         return grown if lora is None else attach(grown, lora, seed=args.seed)
 
     return BaseModel(name, base, config, tokenizer, vocab_size, {**generation_config, **special}, notes, loaded)
+
+
+def load_reference(
+    policy: Decoder, reference: str | os.PathLike[str] | Decoder | None, args: Any, mesh: Mesh
+) -> Reference:
+    """The model that a policy is compared with.
+
+    An adapter is compared with its base, or with what it was when the run began, on the same arrays; a model that is
+    trained as a whole with a copy of itself.
+
+    Args:
+        policy: loaded.
+        reference: a model of its own, or its name; None for what the policy starts from.
+        args: the run's config.
+        mesh: where its weights go.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has another vocabulary.
+    """
+    if reference is None and active_config(policy) is not None:
+        return Reference(lambda model, _: reference_view(model))
+    if reference is None:
+        graphdef, state = nnx.split(policy)
+        arrays = jax.tree.map(jnp.copy, nnx.to_pure_dict(state))
+    else:
+        if not isinstance(reference, Decoder):
+            options = {"dtype": args.dtype, "compute": args.compute(), "mesh": mesh}
+            reference = open_source(reference).load(allow_nonfinite=args.allow_nonfinite_weights, **options)
+        else:
+            place(reference, args.compute(), mesh)
+        sizes = reference.config.vocab_size, policy.config.vocab_size
+        if sizes[0] != sizes[1]:
+            raise ConfigError(f"the reference has {sizes[0]} embedding rows, the policy {sizes[1]}; they must agree")
+        graphdef, state = nnx.split(reference)
+        arrays = nnx.to_pure_dict(state)
+    return Reference(lambda _, own: nnx.merge(graphdef, own), arrays)
+
+
+def _grown(tokenizer: Any, rows: int, lora: LoraConfig | None) -> tuple[int, list[str]]:
+    """Embedding rows that a tokenizer needs of a model that has so many, and what a user should know of new ones."""
+    needed = embedding_rows(tokenizer, rows)
+    if needed <= rows:
+        return needed, []
+    grown = f"from {rows} to {needed} rows for the tokenizer's {num_ids(tokenizer)} ids"
+    if lora is not None and "embed_tokens" not in (lora.modules_to_save or ()):
+        raise ConfigError(f"the vocabulary grows {grown}; train them: --lora_modules_to_save embed_tokens lm_head")
+    return needed, [f"the vocabulary grew {grown}; new rows are the mean of the old ones"]
 
 
 def _check_adapter(name: str, lora: LoraConfig | None, has_adapter: bool, quantization: str | None) -> None:

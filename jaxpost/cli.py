@@ -17,9 +17,15 @@ from jaxpost.options import nearest
 USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
 
   sft        supervised fine-tuning
+  dpo        direct preference optimisation
+  orpo       odds-ratio preference optimisation
+  cpo        contrastive preference optimisation
+  simpo      simple preference optimisation
+  kto        Kahneman-Tversky optimisation, of completions that are judged one by one
+  reward     a reward model
   generate   complete prompts with a model
   export     write a run's model, or an adapter merged into its base, as a Hugging Face folder
-  preview    show what a method would train on: jaxpost preview [sft] with its flags
+  preview    show what a method would train on: jaxpost preview dpo with its flags
 
 jaxpost <command> --help lists its flags."""
 

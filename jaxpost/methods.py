@@ -6,29 +6,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxpost.data.bad_rows import BadRows
-from jaxpost.data.chat import ACCEPTED, Counts, SFTDataConfig, encode_rows
-from jaxpost.data.fingerprint import code_digest, digest, tokenizer_digest
+from jaxpost.data.chat import ACCEPTED, SFTDataConfig
+from jaxpost.data.completions import COMPARED, JUDGED
+from jaxpost.data.examples import LengthConfig
+from jaxpost.data.formats import DatasetType
 from jaxpost.data.loader import LoaderConfig
-from jaxpost.data.packing import PackingConfig, Packs, first_tokens, pack_examples, singles
-from jaxpost.data.rows import Rows, take
+from jaxpost.data.packing import PackingConfig
 from jaxpost.data.sources import DatasetConfig
-from jaxpost.data.store import Store, StoreConfig, stored
+from jaxpost.data.store import StoreConfig
 from jaxpost.data.tokenizer import TokenizerConfig
+from jaxpost.encode import Encoded, encode_compared, encode_sft, encode_unpaired
 from jaxpost.errors import ConfigError
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.hf import ModelArguments
 from jaxpost.models.lora_config import LoRAArguments
 from jaxpost.models.quant import QuantConfig
-from jaxpost.objectives.base import Objective
+from jaxpost.objectives.cpo import CPO
+from jaxpost.objectives.cpo_losses import CPO_LOSSES
+from jaxpost.objectives.dpo import DPO
+from jaxpost.objectives.kto import KTO
+from jaxpost.objectives.orpo import ORPO
+from jaxpost.objectives.reward import Reward
 from jaxpost.objectives.sft import SFT
-from jaxpost.options import check_parts, option, part_of
+from jaxpost.options import check_parts, option
 from jaxpost.sharding import MeshConfig
 from jaxpost.train.checkpoint import CheckpointConfig
 from jaxpost.train.evaluate import EvalConfig
 from jaxpost.train.logging import LoggingConfig
 from jaxpost.train.loop import LoopConfig
 from jaxpost.train.optim import OptimConfig
+from jaxpost.train.reference import ReferenceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,96 +69,89 @@ class SFTConfig(TrainConfig, SFTDataConfig, PackingConfig, SFT):
     learning_rate: float = option(2e-5, "Peak learning rate.")
 
 
-class Encoded(NamedTuple):
-    """A dataset as a run sees it.
+@dataclass(frozen=True, kw_only=True)
+class CompletionsConfig(TrainConfig, LengthConfig):
+    """What the methods share that compare or judge completions."""
 
-    Attributes:
-        packs: examples that stay together in a row.
-        full: packs fill rows; they do not share one.
-        notes: what became of the rows, for the user.
-    """
-
-    packs: Packs
-    full: bool
-    notes: list[str]
+    learning_rate: float = option(1e-6, "Peak learning rate.")
+    disable_dropout: bool = option(True, "Train without the dropout of adapters.")
 
 
-def encode_sft(
-    rows: Rows,
-    tokenizer: Any,
-    config: "SFTConfig",
-    *,
-    vocab_size: int,
-    training: bool,
-    num_packs: int | None = None,
-) -> Encoded:
-    """Rows of text, messages or prompts with completions, packed if the config says so.
-
-    `num_packs` are enough: rows beyond are not read.
-    """
-    length = packed_length(config, training)
-    data = part_of(config, SFTDataConfig)
-    if length and config.packing_strategy != "bfd" and config.on_long_row == "truncate":
-        data = dataclasses.replace(data, max_length=None)  # these strategies go on with what is beyond
-    name, budget = rows.name, None
-    if num_packs is not None:
-        rows, budget = (rows, num_packs * length) if length else (take(rows, num_packs), None)
-    counts, bad_rows = Counts(), BadRows(config.on_bad_row)
-    examples = encode_rows(rows, tokenizer, data, vocab_size=vocab_size, name=name, bad_rows=bad_rows, counts=counts)
-    known = rows.identify(), tokenizer_digest(tokenizer)
-    store = stored(
-        examples if budget is None else first_tokens(examples, budget),
-        lambda: {"rows": dataclasses.asdict(counts), "bad_rows": dict(bad_rows.counts)},
-        folder=config.tokenized_cache_dir,
-        key=None if None in known else digest(code_digest(), *known, data, vocab_size, config.on_bad_row, budget),
-    )
-    notes = row_notes(store, name)
-    if not length:
-        return Encoded(singles(store), False, notes)
-    packs = pack_examples(store, length, config.packing_strategy)
-    notes.append(f"{name}: packed into {len(packs)} rows of up to {length} tokens, {packs.efficiency(length):.1%} full")
-    return Encoded(packs, True, notes)
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(CompletionsConfig, ReferenceConfig, DPO):
+    """Direct preference optimisation; names and defaults are TRL's."""
 
 
-def packed_length(config: "SFTConfig", training: bool) -> int | None:
-    """Tokens of a packed row; None where rows are not packed.
-
-    Raises:
-        ConfigError: they are to be packed, but into no length.
-    """
-    if not config.packs(training):
-        return None
-    if config.max_length is None:
-        raise ConfigError("packing fills rows of max_length tokens; give --max_length")
-    return config.max_length
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig(CompletionsConfig, ReferenceConfig, KTO):
+    """Kahneman-Tversky optimisation; names and defaults are TRL's."""
 
 
-def row_notes(store: Store, name: str) -> list[str]:
-    """What became of the rows of stored examples."""
-    rows, bad_rows = Counts(**store.facts["rows"]), BadRows()
-    bad_rows.counts.update(store.facts["bad_rows"])
-    long = f", {rows.too_long} too long left out" if rows.too_long else ""
-    kept = f"{rows.kept} rows, {rows.dropped} without a token to train dropped, {rows.truncated} truncated{long}"
-    return [*([f"{name}: {bad_rows}"] if bad_rows.counts else []), f"{name}: {kept}"]
+@dataclass(frozen=True, kw_only=True)
+class ORPOConfig(CompletionsConfig, ORPO):
+    """Odds-ratio preference optimisation; names and defaults are TRL's."""
 
 
-def sft_rows(config: SFTConfig) -> dict[str, Any]:
-    """Which types of rows can be trained on."""
-    return {"text_field": config.dataset_text_field, "accepted": ACCEPTED}
+@dataclass(frozen=True, kw_only=True)
+class CPOConfig(CompletionsConfig, CPO):
+    """Contrastive preference optimisation; names and defaults are TRL's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimPOConfig(CPOConfig):
+    """Simple preference optimisation: CPO as its authors run it on Llama 3 (SimPO's table 8)."""
+
+    loss_type: str = option("simpo", f"Loss: {', '.join(CPO_LOSSES)}.")
+    cpo_alpha: float = option(0.0, "Weight of the NLL of the chosen completions.")
+    beta: float = option(2.0, "Scale of the log-probabilities.")
+    simpo_gamma: float = option(1.0, "Margin that simpo asks for.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(CompletionsConfig, Reward):
+    """Reward models; names and defaults are TRL's, where pairs that are too long are left out."""
+
+    learning_rate: float = option(1e-4, "Peak learning rate.")
+    on_long_row: str = option("drop", "What becomes of a pair over max_length: drop, truncate or error.")
 
 
 class Method(NamedTuple):
-    """What the wiring needs to know of a method: its config, its objective, how it encodes rows and which it takes."""
+    """What the wiring needs to know of a method.
+
+    Attributes:
+        name: the command.
+        config: what it is configured by.
+        objective: its part of the config, which is what is trained.
+        encode: how rows become examples.
+        accepted: the types of rows that can be trained on.
+        head: of the model.
+    """
 
     name: str
     config: type[Any]
-    objective: Callable[[Any], Objective]
+    objective: type[Any]
     encode: Callable[..., Encoded]
-    rows: Callable[[Any], dict[str, Any]]
+    accepted: tuple[DatasetType, ...]
+    head: str = "lm"
+
+    def rows(self, config: Any) -> dict[str, Any]:
+        """Which types of rows can be trained on, as `type_of` takes it."""
+        return {"accepted": self.accepted} | (
+            {"text_field": config.dataset_text_field} if isinstance(config, SFTDataConfig) else {}
+        )
 
 
 METHODS: dict[str, Method] = {
-    "sft": Method("sft", SFTConfig, lambda config: part_of(config, SFT), encode_sft, sft_rows),
+    method.name: method
+    for method in (
+        Method("sft", SFTConfig, SFT, encode_sft, ACCEPTED),
+        Method("dpo", DPOConfig, DPO, encode_compared, COMPARED),
+        Method("orpo", ORPOConfig, ORPO, encode_compared, COMPARED),
+        Method("cpo", CPOConfig, CPO, encode_compared, COMPARED),
+        Method("simpo", SimPOConfig, CPO, encode_compared, COMPARED),
+        Method("kto", KTOConfig, KTO, encode_unpaired, JUDGED),
+        Method("reward", RewardConfig, Reward, encode_compared, COMPARED, head="reward"),
+    )
 }
 
 

@@ -1,7 +1,10 @@
-"""`Mean(total, count)`: the only thing that losses and metrics return."""
+"""What losses and metrics are returned as: sums that have not been divided yet, and extremes."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
@@ -26,3 +29,68 @@ class Mean(NamedTuple):
 def masked_mean(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Mean:
     """The Mean of `values` where `mask` is True; elsewhere a value never counts, not even if it is NaN."""
     return Mean(jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0)), jnp.sum(mask.astype(jnp.float32)))
+
+
+class Least(NamedTuple):
+    """The smallest value of a batch; infinite where there was none."""
+
+    least: Float[Array, ""]
+
+
+class Greatest(NamedTuple):
+    """The largest value of a batch; minus infinite where there was none."""
+
+    greatest: Float[Array, ""]
+
+
+Metric = Mean | Least | Greatest
+
+
+def loss_of(metrics: Mapping[str, Metric]) -> Mean:
+    """The loss among the metrics, which is always a mean."""
+    loss = metrics["loss"]
+    assert isinstance(loss, Mean)
+    return loss
+
+
+def least(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Least:
+    """The smallest of `values` where `mask` is True."""
+    return Least(jnp.min(jnp.where(mask, values.astype(jnp.float32), jnp.inf)))
+
+
+def greatest(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Greatest:
+    """The largest of `values` where `mask` is True."""
+    return Greatest(jnp.max(jnp.where(mask, values.astype(jnp.float32), -jnp.inf)))
+
+
+def over_parts(stacked: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The metrics of a batch from those of its parts, which are stacked along a leading axis."""
+    reductions = {Mean: jnp.sum, Least: jnp.min, Greatest: jnp.max}
+    return {name: jax.tree.map(partial(reductions[type(metric)], axis=0), metric) for name, metric in stacked.items()}
+
+
+class Tally:
+    """Metrics of many batches on the host, by name: exact means, whatever the batches, and extremes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._extremes: dict[str, float] = {}
+
+    def add(self, metrics: Mapping[str, Metric]) -> None:
+        """Take in those of a batch, which are on the host."""
+        for name, metric in metrics.items():
+            if isinstance(metric, Mean):
+                total, count = self._sums.get(name, (0.0, 0.0))
+                self._sums[name] = (total + float(metric.total), count + float(metric.count))
+            else:
+                value, choose = float(metric[0]), min if isinstance(metric, Least) else max
+                self._extremes[name] = choose(value, self._extremes.get(name, value))
+
+    def values(self) -> dict[str, float]:
+        """The means, 0 where nothing was counted, and the extremes."""
+        return {name: total / count if count else 0.0 for name, (total, count) in self._sums.items()} | self._extremes
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._sums.clear()
+        self._extremes.clear()

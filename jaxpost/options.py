@@ -38,9 +38,12 @@ def nearest(word: str, candidates: Any) -> str:
 
 
 def check_parts(config: Any) -> None:
-    """Run the checks of every part that a flat config is composed of: the `__post_init__` of the composed class."""
+    """Run the checks of every part that a flat config is composed of: the `__post_init__` of the composed class.
+
+    A part has one base, `object` or another part; what composes parts has several.
+    """
     for part in type(config).__mro__:
-        if part.__bases__ == (object,) and "__post_init__" in vars(part):
+        if len(part.__bases__) == 1 and "__post_init__" in vars(part):
             part.__post_init__(config)
 
 

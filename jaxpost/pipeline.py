@@ -9,8 +9,9 @@ import jax
 from jaxpost.data.loader import Loader
 from jaxpost.data.mixture import load_datasets
 from jaxpost.data.rows import Rows, as_rows, formatted
+from jaxpost.encode import Encoded
 from jaxpost.errors import ConfigError
-from jaxpost.methods import Encoded, Method
+from jaxpost.methods import Method
 
 MORE_LENGTHS = 8  # what a run with much padding is advised to compile
 
@@ -79,6 +80,8 @@ class Pipeline(NamedTuple):
                 raise ConfigError("dataset_streaming needs --max_steps: a stream has no length")
             needed = args.max_steps * size
         encoded = self.encode(rows, training=True, num_packs=needed)
+        if encoded.mismatch is not None and size < 2:
+            raise ConfigError("a step needs more than one row, to mismatch their completions; raise the batch size")
         loader = self._loader(
             encoded,
             size,
@@ -114,6 +117,7 @@ class Pipeline(NamedTuple):
             global_batch_size=size,
             num_rows=shared_rows if shares else size,
             num_lengths=self.args.length_buckets,
+            mismatch=encoded.mismatch,
             # A tile of the attention kernel, unless the rows are shorter than that.
             multiple=self.args.pad_to_multiple_of or (64 if jax.default_backend() == "cpu" else 128),
             pad_id=0,  # any id will do: masks come from lengths

@@ -1,5 +1,6 @@
 """The wiring page: mesh, tokenizer, data, model, state, step -> fit."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -14,18 +15,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpost.base_model import open_base
+from jaxpost.base_model import load_reference, open_base
 from jaxpost.data.loader import Loader
 from jaxpost.data.rows import as_rows
 from jaxpost.errors import ConfigError
-from jaxpost.methods import METHODS, Method, SFTConfig, changed_fields, config_yaml, with_router_coef
-from jaxpost.models.adapters import active_config
+from jaxpost.methods import CompletionsConfig, Method, changed_fields, config_yaml, with_router_coef
+from jaxpost.models.adapters import active_config, keep_reference
 from jaxpost.models.export import save_pretrained
 from jaxpost.models.lora import trainable_filter, with_dropout
 from jaxpost.models.lora_config import LoraConfig, PeftConfig, as_lora_config
 from jaxpost.models.peft import save_adapter
 from jaxpost.models.transformer import Decoder
-from jaxpost.objectives.base import Batch
+from jaxpost.objectives.base import Batch, Objective
+from jaxpost.options import part_of
 from jaxpost.pipeline import Pipeline
 from jaxpost.sharding import batch_groups, make_mesh, put
 from jaxpost.train.checkpoint import Checkpoints
@@ -33,23 +35,10 @@ from jaxpost.train.evaluate import evaluate, make_eval_step
 from jaxpost.train.logging import RunLog
 from jaxpost.train.loop import Schedule, fit
 from jaxpost.train.optim import check_loraplus, make_optimizer, make_schedule
+from jaxpost.train.reference import Reference, follow
 from jaxpost.train.report import write_curves, write_model_card
 from jaxpost.train.state import TrainState, create_state, decay_mask, merge
 from jaxpost.train.step import Programs, make_annotate, make_step
-
-
-def SFTTrainer(
-    model: str | os.PathLike[str] | Decoder | None = None,
-    args: SFTConfig | None = None,
-    train_dataset: Any = None,
-    eval_dataset: Any = None,
-    processing_class: Any = None,
-    formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
-    peft_config: LoraConfig | PeftConfig | None = None,
-) -> "Trainer":
-    """Supervised fine-tuning with TRL's argument names; see `Trainer`."""
-    data = (train_dataset, eval_dataset, processing_class, formatting_func)
-    return Trainer(METHODS["sft"], model, args, *data, peft_config)
 
 
 class Trainer:
@@ -65,6 +54,7 @@ class Trainer:
         processing_class: a transformers tokenizer; by default the model's. Tokens added to it grow the model.
         formatting_func: makes the text to train on from a row.
         peft_config: the adapter to train, ours or a `peft.LoraConfig`; by default what `args` say.
+        ref_model: what the policy is compared with, by methods that do; by default what `args` say.
 
     Raises:
         ConfigError, DataError: one line each, before anything is written.
@@ -80,6 +70,7 @@ class Trainer:
         processing_class: Any = None,
         formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
         peft_config: LoraConfig | PeftConfig | None = None,
+        ref_model: str | os.PathLike[str] | Decoder | None = None,
     ):
         self.method = method
         self.args = method.config() if args is None else args
@@ -91,10 +82,10 @@ class Trainer:
         self.mesh = make_mesh(self.args.mesh)
         lora = self.args.lora_config() if self.args.use_peft else None
         lora = lora if peft_config is None else as_lora_config(peft_config)
-        self.base = open_base(model, self.args, processing_class, self.mesh, lora)
+        self.base = open_base(model, self.args, processing_class, self.mesh, lora, method.head)
         self.processing_class, self.notes = self.base.tokenizer, self.base.notes
         self.args = with_router_coef(self.args, self.base.config)
-        self.objective = method.objective(self.args)
+        self.objective: Objective = part_of(self.args, method.objective)
         self.pipeline = Pipeline(
             method,
             self.args,
@@ -108,6 +99,7 @@ class Trainer:
         self.model: Decoder = self.base.load()
         self.trainable = trainable_filter(self.model)
         check_loraplus(self.args, nnx.to_pure_dict(nnx.state(self.model, self.trainable)))
+        self.reference = self._reference(ref_model, lora) if self.objective.needs_reference else None
 
     def train(self) -> dict[str, float]:
         """Run to the end and write the model, its metrics, curves and card to `output_dir`.
@@ -122,9 +114,13 @@ class Trainer:
         optimizer = make_optimizer(args, schedule, decay_mask)
         with jax.set_mesh(self.mesh):
             graphdef, state = create_state(self.model, optimizer, self.trainable, self.mesh)
+            moving = self.reference if self.reference is not None and args.sync_ref_model else None
+            if moving is not None:
+                state = dataclasses.replace(state, reference=moving.arrays)
             checkpoints = Checkpoints(self.output_dir / "checkpoints", args, loader.fingerprint())
             state, facts = checkpoints.restore(state) or (state, {"num_tokens": 0})
-            annotate = make_annotate(self.objective, graphdef)
+            parts = args.gradient_accumulation_steps
+            annotate = make_annotate(self.objective, graphdef, self.reference, num_parts=parts)
             step = Programs(
                 make_step(
                     self.objective,
@@ -135,7 +131,8 @@ class Trainer:
                     max_grad_norm=args.max_grad_norm,
                     num_micro_batches=args.gradient_accumulation_steps,
                     seed=args.seed,
-                    training=with_dropout,
+                    training=self._as_trained,
+                    follow=follow(args) if moving else lambda state: None,
                 )
             )
             with self._log(total, int(state.step)) as log:
@@ -154,6 +151,8 @@ class Trainer:
                 )
             checkpoints.close()
         nnx.update(self.model, nnx.state(merge(graphdef, state.params, state.frozen)))
+        if moving is not None:
+            self.reference = moving._replace(arrays=state.reference)
         self.save_model(self.output_dir)
         return self._report()
 
@@ -176,8 +175,24 @@ class Trainer:
             name, revision = self.base.base
             save_adapter(self.model, path, name, revision=revision, tokenizer=self.processing_class)
 
+    def _reference(self, model: Any, lora: LoraConfig | None) -> Reference:
+        """What the policy is compared with, from now on."""
+        model = model or self.args.ref_model_name_or_path
+        if model is None and lora is None and active_config(self.model) is not None:
+            keep_reference(self.model)
+        reference = load_reference(self.model, model, self.args, self.mesh)
+        if self.args.sync_ref_model and (reference.arrays is None or model is not None):
+            raise ConfigError("sync_ref_model moves a copy of the policy; it needs neither an adapter nor a ref_model")
+        return reference
+
+    def _as_trained(self, model: Any, key: jax.Array) -> Any:
+        """The model with the dropout of its adapters, unless the method's config says otherwise."""
+        is_steady = isinstance(self.args, CompletionsConfig) and self.args.disable_dropout
+        return model if is_steady else with_dropout(model, key)
+
     def _evaluation(self, graphdef: Any, loader: Loader) -> Callable[[TrainState], dict[str, float]]:
-        step = make_eval_step(self.objective, graphdef)
+        annotate = make_annotate(self.objective, graphdef, self.reference)
+        step = make_eval_step(self.objective, annotate, graphdef)
         return lambda state: evaluate(state, step, loader(0, partial(put, mesh=self.mesh)))
 
     def _schedule(self, total: int) -> Schedule:

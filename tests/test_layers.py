@@ -9,11 +9,11 @@ FLOOR = {
     **dict.fromkeys(["sharding", "metrics", "errors", "options", "locks"], 1),
     **dict.fromkeys(["models", "data"], 2),
     **dict.fromkeys(["objectives", "rl"], 3),
-    "train": 4,
+    **dict.fromkeys(["train", "encode"], 4),
     **dict.fromkeys(["methods", "base_model"], 5),
     "pipeline": 6,
     **dict.fromkeys(["trainer", "plan", "generate", "export", "preview"], 7),
-    "cli": 8,
+    **dict.fromkeys(["cli", "trainers"], 8),
     **dict.fromkeys(["__main__", "__init__"], 9),
 }
 PACKAGE = Path(__file__).parent.parent / "jaxpost"

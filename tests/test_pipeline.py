@@ -128,7 +128,7 @@ def test_a_file_is_tokenised_once_for_one_set_of_flags(tmp_path, monkeypatch):
 
     first, notes = loader()
     with monkeypatch.context() as patch:
-        patch.setattr("jaxpost.methods.encode_rows", tokenized_again)
+        patch.setattr("jaxpost.encode.encode_rows", tokenized_again)
         again, notes_again = loader()
         loader(seed=7)
         loader(packing=True)  # from the same examples

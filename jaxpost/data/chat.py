@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxpost.data.bad_rows import BadRows
-from jaxpost.data.formats import Block, DatasetType, blocks, row_type
-from jaxpost.data.rows import RowError
+from jaxpost.data.examples import Counts, Example, LengthConfig, Reader, Reading, flattened, read_examples
+from jaxpost.data.formats import Block, DatasetType, row_type
 from jaxpost.data.template import Renderer, Span
 from jaxpost.errors import ConfigError, DataError
-from jaxpost.options import one_of, option
+from jaxpost.options import option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -23,64 +22,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ACCEPTED: tuple[DatasetType, ...] = ("tokenized", "prompt_completion", "language_modeling", "prompt_only")
-_Encoded = list[tuple[np.ndarray, np.ndarray]]  # int32 [T] tokens and bool [T] loss mask of each row
+Encoded = list[tuple[np.ndarray, np.ndarray]]  # int32 [T] tokens and bool [T] loss mask of each row
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can write one alone, UTF-8 cannot
 
 
-class Example(NamedTuple):
-    """One row, ready to be padded.
-
-    Attributes:
-        tokens: int32 [T].
-        loss_mask: bool [T]; True where this token is a training target, predicted from the tokens before it. The first
-            token has none before it, so it is never one.
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-
-
-@dataclass
-class Counts:
-    """What has become of the rows so far.
-
-    Attributes:
-        kept: yielded, cut or not.
-        dropped: left out since they have no token to train on.
-        truncated: those of the kept that were cut.
-        too_long: left out since they are over max_length.
-    """
-
-    kept: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    too_long: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
-class SFTDataConfig:
+class SFTDataConfig(LengthConfig):
     """How rows become tokens; TRL's names and defaults."""
 
     dataset_text_field: str = option("text", "column that holds the text of a language-modelling row")
-    max_length: int | None = option(1024, "tokens a row may have (see on_long_row), null for no limit")
-    truncation_mode: str = option("keep_start", "which end of a row over max_length to keep: keep_start, keep_end")
-    on_long_row: str = option(
-        "truncate",
-        "what becomes of a row over max_length: truncate (truncation_mode says which end stays), drop or error",
-    )
     completion_only_loss: bool | None = option(None, "train on the completion only; null: where rows have a completion")
     assistant_only_loss: bool = option(
         False, "train on assistant turns only, with or without {% generation %} in the chat template"
     )
 
-    def __post_init__(self) -> None:
-        one_of("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
-        one_of("on_long_row", self.on_long_row, ("truncate", "drop", "error"))
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"max_length is {self.max_length}; a row needs at least 2 tokens to train on")
 
-
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     """How the rows of one dataset are read: its type, the column that shows it, whether that holds messages."""
 
     kind: str
@@ -109,70 +66,46 @@ def encode_rows(
 ) -> Iterator[Example]:
     """Tokenise rows (what `as_rows` takes) of text, messages or completions, and drop those without a trained token.
 
-    Standard text and completions get the EOS text if they lack it; messages go through the chat template. Rows are read
-    a block at a time, as their examples are taken, and `counts` is added to. `vocab_size` is the number of embedding
-    rows. `name` stands in messages, where rows are counted from 1. `bad_rows` decides what becomes of rows that cannot
-    be used; by default the first one is an error.
-
-    Raises:
-        DataError: no rows, wrong columns, a bad cell, or, after the last row, nothing to train on.
-        ConfigError: an option, the tokenizer or its chat template does not fit the rows.
+    Standard text and completions get the EOS text if they lack it; messages go through the chat template. `vocab_size`
+    is the number of embedding rows; the other arguments and the errors are those of `read_examples`.
     """
+    check_padding(tokenizer, vocab_size)
+
+    def open_reader(block: Block) -> Reader:
+        return partial(_read, rule=_rule(block, tokenizer, config, vocab_size))
+
+    options = {"name": name, "bad_rows": bad_rows or BadRows(), "counts": counts or Counts()}
+    return flattened(read_examples(rows, open_reader, config, **options))
+
+
+def check_padding(tokenizer: "Tokenizer", vocab_size: int) -> None:
+    """Raise ConfigError if the model has no embedding for the padding token."""
     if tokenizer.pad_token_id is not None:
         _check_ids(np.array([tokenizer.pad_token_id]), tokenizer, vocab_size, "padding (--pad_token)")
-    bad_rows, counts = bad_rows or BadRows(), counts or Counts()
-    rule, seen, kept, mismatched = None, 0, 0, 0
-    for block in blocks(rows, name, bad_rows):
-        rule = rule or _rule(block, tokenizer, config, vocab_size)
-        for part, (encoded, parted) in bad_rows.attempt(block, partial(_encode, rule=rule)):
-            mismatched += parted
-            seen += len(encoded)
-            for i, row in enumerate(encoded):
-                _check_ids(row[0], tokenizer, vocab_size, part.place(i))
-                example = _fit(*row, part.place(i), rule.config, bad_rows, counts)
-                if example is not None:
-                    kept += 1
-                    yield example
-    if not kept:
-        found = f"{name}: none of the {seen} rows has a token to train on within max_length {config.max_length}"
-        skipped = f"; {bad_rows}" if bad_rows.counts else ""
-        raise DataError(f"{found} ({config.truncation_mode}); raise --max_length or check what is masked{skipped}")
-    if mismatched:
-        found = f"{name}: {mismatched} of {seen} prompts are not the first tokens of their prompt + completion"
-        logger.warning(f"{found}; there the completion starts where they part, not where generation would start")
 
 
-def _encode(block: Block, rule: _Rule) -> tuple[_Encoded, int]:
+def completion_rule(conversational: bool, tokenizer: "Tokenizer", vocab_size: int) -> Rule:
+    """How prompts with completions are read where the completions alone count."""
+    _check_end(conversational, tokenizer)
+    config = SFTDataConfig(completion_only_loss=True)
+    return Rule("prompt_completion", "completion", conversational, config, tokenizer, vocab_size, Renderer(tokenizer))
+
+
+def encode_block(block: Block, rule: Rule) -> tuple[Encoded, int]:
     """Tokens and masks of a block's rows, and how many prompts are not the first tokens of their rows."""
     if rule.kind == "tokenized":
-        return _encode_tokenized(block, rule), 0
-    encoded = _encode_whole(block, rule)
-    return encoded, _mask_prompts(encoded, block, rule) if rule.masks_prompts else 0
+        encoded, parted = _encode_tokenized(block, rule), 0
+    else:
+        encoded = _encode_whole(block, rule)
+        parted = _mask_prompts(encoded, block, rule) if rule.masks_prompts else 0
+    for i, (tokens, _) in enumerate(encoded):
+        _check_ids(tokens, rule.tokenizer, rule.vocab_size, block.place(i))
+    return encoded, parted
 
 
-def _fit(
-    tokens: np.ndarray, loss_mask: np.ndarray, place: str, config: SFTDataConfig, bad_rows: BadRows, counts: Counts
-) -> Example | None:
-    """A row of at most max_length tokens, counted; None if it is left out. Its first token is no target."""
-    limit, length = config.max_length or sys.maxsize, len(tokens)
-    if length > limit:
-        if config.on_long_row == "error":
-            found = f"{length:,} tokens, more than max_length {limit:,}"
-            remedy = "raise --max_length, or set --on_long_row to truncate or drop"
-            bad_rows.refuse(RowError(f"{place} has {found}; {remedy}", "more tokens than max_length"))
-            return None
-        if config.on_long_row == "drop":
-            counts.too_long += 1
-            return None
-        kept = slice(limit) if config.truncation_mode == "keep_start" else slice(-limit, None)
-        tokens, loss_mask = tokens[kept].copy(), loss_mask[kept].copy()
-    loss_mask[:1] = False
-    if not loss_mask.any():
-        counts.dropped += 1
-        return None
-    counts.kept += 1
-    counts.truncated += length > limit
-    return Example(tokens, loss_mask)
+def _read(block: Block, rule: Rule) -> Reading:
+    encoded, parted = encode_block(block, rule)
+    return Reading([(i, (Example(*row),)) for i, row in enumerate(encoded)], parted)
 
 
 def encode_prompt(
@@ -208,7 +141,7 @@ def encode_prompt(
     return tokens
 
 
-def _rule(block: Block, tokenizer: "Tokenizer", config: SFTDataConfig, vocab_size: int) -> _Rule:
+def _rule(block: Block, tokenizer: "Tokenizer", config: SFTDataConfig, vocab_size: int) -> Rule:
     """Find the type of the rows from the first block and check that the options fit it."""
     name, columns = block.name, block.columns
     kind, column, conversational = row_type(block, config.dataset_text_field, ACCEPTED)
@@ -220,7 +153,7 @@ def _rule(block: Block, tokenizer: "Tokenizer", config: SFTDataConfig, vocab_siz
             raise ConfigError(f"{name} needs a column {mask!r} or 'labels' to train on only that part of 'input_ids'")
         if config.completion_only_loss is None and "completion_mask" in columns and "labels" not in columns:
             logger.warning(f"{name}: completion_mask does not count; for that set completion_only_loss to true")
-        return _Rule(kind, "input_ids", False, config, tokenizer, vocab_size, Renderer(tokenizer))
+        return Rule(kind, "input_ids", False, config, tokenizer, vocab_size, Renderer(tokenizer))
     if kind == "language_modeling" and config.completion_only_loss:
         raise ConfigError(f"completion_only_loss needs columns 'prompt' and 'completion'; {name} has {column!r}")
     if config.assistant_only_loss:
@@ -228,12 +161,16 @@ def _rule(block: Block, tokenizer: "Tokenizer", config: SFTDataConfig, vocab_siz
             raise ConfigError(f"assistant_only_loss needs messages with roles, not the text of column {column!r}")
         if not tokenizer.is_fast:
             raise ConfigError("assistant_only_loss needs a fast tokenizer (tokenizer.json)")
+    _check_end(conversational, tokenizer)
+    return Rule(kind, column, conversational, config, tokenizer, vocab_size, Renderer(tokenizer))
+
+
+def _check_end(conversational: bool, tokenizer: "Tokenizer") -> None:
     if not conversational and tokenizer.eos_token is None:
         raise ConfigError("the tokenizer has no EOS token to end the text with; name one with --eos_token")
-    return _Rule(kind, column, conversational, config, tokenizer, vocab_size, Renderer(tokenizer))
 
 
-def _encode_tokenized(block: Block, rule: _Rule) -> _Encoded:
+def _encode_tokenized(block: Block, rule: Rule) -> Encoded:
     """Rows that bring their ids: `labels` decide as they are, else the masks do, `completion_mask` only when asked."""
     masks = ("completion_mask", "assistant_masks") if rule.config.completion_only_loss else ("assistant_masks",)
     encoded = []
@@ -249,7 +186,7 @@ def _encode_tokenized(block: Block, rule: _Rule) -> _Encoded:
     return encoded
 
 
-def _encode_whole(block: Block, rule: _Rule) -> _Encoded:
+def _encode_whole(block: Block, rule: Rule) -> Encoded:
     """Whole rows, trained throughout, or where the assistant speaks if assistant_only_loss."""
     columns = ["prompt", "completion"] if rule.kind == "prompt_completion" else [rule.column]
     column, tokenizer = columns[-1], rule.tokenizer
@@ -267,7 +204,7 @@ def _encode_whole(block: Block, rule: _Rule) -> _Encoded:
     return _tokenize(block, column, texts, tokenizer, special=False, spans=spans)
 
 
-def _mask_prompts(encoded: _Encoded, block: Block, rule: _Rule) -> int:
+def _mask_prompts(encoded: Encoded, block: Block, rule: Rule) -> int:
     """Clear the masks up to the completion: tokens shared with the prompt alone. Returns how many prompts differ."""
     prompts, differing = block.columns["prompt"], 0
     if rule.conversational:
@@ -288,7 +225,7 @@ def _tokenize(
     tokenizer: "Tokenizer",
     special: bool = True,
     spans: list[list[Span]] | None = None,
-) -> _Encoded:
+) -> Encoded:
     """The rows' texts as tokens, with BOS and the like if `special`; `spans`, if given, are what is trained."""
     for i, text in enumerate(texts):
         if not text.isascii() and (lone := SURROGATE.search(text)):

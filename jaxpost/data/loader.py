@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpost.data.chat import Example
+from jaxpost.data.examples import Example
 from jaxpost.data.fingerprint import digest
 from jaxpost.data.packing import Packs
 from jaxpost.errors import ConfigError
@@ -68,6 +68,8 @@ class Loader:
         sampling: random, sequential or group_by_length.
         num_lengths: at most this many row lengths.
         multiple: every row length is a multiple of this.
+        mismatch: tokens that a prompt with the completion of another example may have; None for batches without such
+            examples. Partners are neighbours by number among the packs of a batch, whatever their order in it.
 
     Attributes:
         steps_per_epoch: batches in an epoch.
@@ -89,6 +91,7 @@ class Loader:
         sampling: str,
         num_lengths: int,
         multiple: int,
+        mismatch: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
@@ -101,12 +104,20 @@ class Loader:
         self._sizes = packs.sizes
         self._packs, self._global_batch_size, self._num_rows = packs, global_batch_size, num_rows
         self._pad_id, self._seed, self._sampling, self._multiple = pad_id, seed, sampling, multiple
+        self._mismatch = mismatch
         self._process_index, self._process_count = process_index, process_count
         self._cached_order = functools.lru_cache(maxsize=2)(self.epoch_order)
         self.num_steps, self.steps_per_epoch = num_steps, math.ceil(len(packs) / global_batch_size)
         num_planned = min(num_steps, max(1, MAX_PLANNED // global_batch_size))
         self._longest = [self.layout(step)[1] for step in range(num_planned)]
         self.lengths = bucket_lengths(self._longest, num_lengths, multiple)
+        self._widest = self._longest_mismatch = 0
+        for step in range(num_planned) if packs.facts is not None else ():
+            rows, partners = self.layout(step)[0], self._partners(step)
+            self._widest = max(self._widest, *(len(numbers) for numbers in self._members(rows)))
+            for row in rows if mismatch else ():
+                sizes = (packs.mismatched_size(i, partners[i], mismatch or 0) for i in row)
+                self._longest_mismatch = max(self._longest_mismatch, sum(sizes))
 
     def padding(self, num_lengths: int) -> float:
         """Share of the planned batches' tokens that is padding, if that many row lengths are compiled."""
@@ -156,16 +167,57 @@ class Loader:
         return [[int(indices[place]) for place in places] for places in ordered], max(total for total, _, _ in rows)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of global batch number `step`, from 0 and across epochs; the arrays of `collate`."""
+        """This process's rows of global batch number `step`, from 0 and across epochs.
+
+        Returns:
+            The arrays of `collate` and, where the packs have facts, those of `_facts`; with mismatches also those of
+            `collate` by names that begin with `mismatched_`.
+        """
         rows, longest = self.layout(step)
         share = self._num_rows // self._process_count
         mine = rows[self._process_index * share : (self._process_index + 1) * share]
         examples = [[example for i in row for example in self._packs[i]] for row in mine]
-        return collate(examples, self._padded(longest), self._pad_id)
+        batch = collate(examples, self._padded(longest), self._pad_id) | self._facts(mine)
+        if self._mismatch is None:
+            return batch
+        partners, limit = self._partners(step), self._mismatch
+        others = [[self._packs.mismatched(i, partners[i], limit) for i in row] for row in mine]
+        return batch | self._mismatches(others)
 
     def empty(self, length: int) -> dict[str, np.ndarray]:
         """This process's rows of a batch of that row length with nothing in it, to compile for."""
-        return collate([[]] * (self._num_rows // self._process_count), length, self._pad_id)
+        rows = [[] for _ in range(self._num_rows // self._process_count)]
+        batch = collate(rows, length, self._pad_id) | self._facts(rows)
+        return batch if self._mismatch is None else batch | self._mismatches(rows)
+
+    def _facts(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """`examples` [B, S], 1 for each example of a row in the order of its segments, and a column for each fact."""
+        if self._packs.facts is None:
+            return {}
+        members = self._members(rows)
+        width = max(self._widest, *map(len, members))
+        columns = {"examples": np.ones(len(self._packs.examples), np.float32), **self._packs.facts}
+        result = {name: np.zeros((len(rows), width), np.float32) for name in columns}
+        for row, numbers in enumerate(members):
+            for name, values in columns.items():
+                result[name][row, : len(numbers)] = values[numbers]
+        return result
+
+    def _members(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Numbers of the examples in each row of packs."""
+        return [[number for i in row for number in self._packs.members(i)] for row in rows]
+
+    def _partners(self, step: int) -> dict[int, int]:
+        """For each pack of a batch the one before it by number, and for one that is alone its neighbour in the data."""
+        packs = sorted(map(int, self._indices(step)))
+        if len(packs) == 1:
+            return {packs[0]: (packs[0] - 1) % len(self._packs)}
+        return dict(zip(packs, [packs[-1], *packs[:-1]], strict=True))
+
+    def _mismatches(self, rows: Sequence[Sequence[Example]]) -> dict[str, np.ndarray]:
+        longest = max(self._longest_mismatch, *(sum(len(example.tokens) for example in row) for row in rows))
+        columns = collate(rows, -(-longest // self._multiple) * self._multiple, self._pad_id)
+        return {f"mismatched_{name}": column for name, column in columns.items()}
 
     def __call__(
         self, start_step: int, place: Callable[[dict[str, np.ndarray]], Any] = lambda batch: batch

@@ -7,13 +7,13 @@ than with a packer that sees a block of rows at a time.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpost.data.chat import Example
+from jaxpost.data.examples import Example
 from jaxpost.data.fingerprint import digest
 from jaxpost.data.store import Store
 from jaxpost.options import one_of, option
@@ -124,13 +124,17 @@ class Packs(Sequence[tuple[Example, ...]]):
         examples: stored.
         pieces: int64 [P, 3], the fields of Piece; those of a pack follow each other.
         ends: int64 [N], where each pack ends among the pieces.
+        facts: float32 [len(examples)] each, what batches tell of every example, by column; None where examples do not
+            count for themselves.
 
     Attributes:
         sizes: tokens of each pack, int64 [N].
     """
 
-    def __init__(self, examples: Store, pieces: np.ndarray, ends: np.ndarray) -> None:
-        self.examples, self._pieces, self._ends = examples, pieces, ends
+    def __init__(
+        self, examples: Store, pieces: np.ndarray, ends: np.ndarray, facts: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        self.examples, self.facts, self._pieces, self._ends = examples, facts, pieces, ends
         totals = np.cumsum(self._pieces[:, 2] - self._pieces[:, 1])
         self.sizes = np.diff(totals[self._ends - 1], prepend=0)
 
@@ -141,6 +145,25 @@ class Packs(Sequence[tuple[Example, ...]]):
         start = self._ends[i - 1] if i else 0
         return tuple(self._cut(*piece) for piece in self._pieces[start : self._ends[i]])
 
+    def members(self, i: int) -> np.ndarray:
+        """Numbers of the examples of a pack."""
+        return self._pieces[self._ends[i - 1] if i else 0 : self._ends[i], 0]
+
+    def mismatched(self, i: int, j: int, max_length: int) -> Example:
+        """The prompt of pack `i` with the completion of pack `j`, each of one example; cut at the end."""
+        (prompt, other), (first, second) = (self[i][0], self[j][0]), self._prompts(i, j)
+        tokens = np.concatenate([prompt.tokens[:first], other.tokens[second:]])[:max_length]
+        return Example(tokens, np.arange(len(tokens)) >= max(first, 1))
+
+    def mismatched_size(self, i: int, j: int, max_length: int) -> int:
+        """Tokens of `mismatched`, which is not made for it."""
+        first, second = self._prompts(i, j)
+        return min(max_length, first + int(self.sizes[j]) - second)
+
+    def _prompts(self, *packs: int) -> list[int]:
+        """Tokens of the prompt of each pack."""
+        return [int(self.examples.starts[self._pieces[pack, 0]]) for pack in packs]
+
     def digest(self) -> str:
         """Of every token and mask and of how they are dealt, in 32 hexadecimal digits."""
         return digest(self.examples.digest, self._pieces.tobytes(), self._ends.tobytes())
@@ -150,11 +173,12 @@ class Packs(Sequence[tuple[Example, ...]]):
         return float(self.sizes.sum()) / max(1, len(self) * capacity)
 
     def _cut(self, example: int, start: int, stop: int) -> Example:
-        tokens, mask = (part[start:stop] for part in self.examples[example])
+        tokens, mask, value = self.examples[example]
+        tokens, mask = tokens[start:stop], mask[start:stop]
         if start:
             mask = mask.copy()
             mask[0] = False
-        return Example(tokens, mask)
+        return Example(tokens, mask, value)
 
 
 def first_tokens(examples: Iterable[Example], count: int) -> Iterator[Example]:
@@ -166,10 +190,19 @@ def first_tokens(examples: Iterable[Example], count: int) -> Iterator[Example]:
             return
 
 
+def units(examples: Store, size: int, facts: Mapping[str, np.ndarray] | None) -> Packs:
+    """So many examples at a time, each of which counts for itself: with 2, the pairs of a store that holds pairs.
+
+    `facts` are those of Packs.
+    """
+    numbers = np.arange(len(examples))
+    pieces = np.stack([numbers, 0 * numbers, examples.lengths], axis=1)
+    return Packs(examples, pieces, numbers[size - 1 :: size] + 1, facts)
+
+
 def singles(examples: Store) -> Packs:
     """Each example for itself."""
-    numbers = np.arange(len(examples))
-    return Packs(examples, np.stack([numbers, 0 * numbers, examples.lengths], axis=1), numbers + 1)
+    return units(examples, 1, None)
 
 
 def pack_examples(examples: Store, max_length: int, strategy: str) -> Packs:

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from jaxpost.data.chat import Example
+from jaxpost.data.examples import Example
 from jaxpost.errors import CheckpointError, one_line
 from jaxpost.locks import locked
 from jaxpost.options import option
@@ -47,8 +48,9 @@ class Store(Sequence[Example]):
 
     Attributes:
         lengths: tokens of each example, int64 [N].
+        values: of each example, float32 [N].
         facts: what was noted beside them.
-        digest: of all tokens and masks, in 32 hexadecimal digits.
+        digest: of all tokens, masks and values, in 32 hexadecimal digits.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -66,8 +68,9 @@ class Store(Sequence[Example]):
         noted = json.loads(metadata[b"noted"])
         self.facts, self.digest = noted["facts"], noted["digest"]
         columns = [[batch.column(name) for name in Example._fields] for batch in batches]
-        self._offsets = [tokens.offsets.to_numpy() for tokens, _ in columns]
-        self._values = [(tokens.values.to_numpy(), masks.values.to_numpy().view(bool)) for tokens, masks in columns]
+        self._offsets = [tokens.offsets.to_numpy() for tokens, *_ in columns]
+        self._parts = [(tokens.values.to_numpy(), masks.values.to_numpy().view(bool)) for tokens, masks, _ in columns]
+        self.values = np.concatenate([np.array([], np.float32), *(values.to_numpy() for *_, values in columns)])
         self.lengths = np.concatenate([np.array([], np.int64), *(np.diff(offsets) for offsets in self._offsets)])
         self._firsts = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
 
@@ -79,14 +82,25 @@ class Store(Sequence[Example]):
             raise IndexError(i)
         batch = int(np.searchsorted(self._firsts, i, side="right")) - 1
         start, stop = self._offsets[batch][i - self._firsts[batch] :][:2]
-        tokens, masks = self._values[batch]
-        return Example(tokens[start:stop], masks[start:stop])
+        tokens, masks = self._parts[batch]
+        return Example(tokens[start:stop], masks[start:stop], float(self.values[i]))
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Number of the first token that is a target in each example, int64 [N]; the example's length where none is."""
+        found = [np.array([], np.int64)]
+        for offsets, (_, masks) in zip(self._offsets, self._parts, strict=True):
+            targets = np.append(np.flatnonzero(masks), len(masks))
+            firsts = targets[np.searchsorted(targets, offsets[:-1])]
+            found.append(np.minimum(firsts, offsets[1:]) - offsets[:-1])
+        return np.concatenate(found)
 
     def is_whole(self) -> bool:
         """Whether every token and mask is the one that was written; reads them all."""
         found = _Digest()
-        for offsets, (tokens, masks) in zip(self._offsets, self._values, strict=True):
-            found.add(offsets, tokens, masks)
+        firsts = zip(self._firsts[:-1], self._firsts[1:], strict=True)
+        for offsets, (tokens, masks), (first, last) in zip(self._offsets, self._parts, firsts, strict=True):
+            found.add(offsets, tokens, masks, self.values[first:last])
         return found.hexdigest() == self.digest
 
 
@@ -132,26 +146,29 @@ class _Digest:
         self._hash = hashlib.blake2b(digest_size=16)
         self.hexdigest = self._hash.hexdigest
 
-    def add(self, offsets: np.ndarray, tokens: np.ndarray, masks: np.ndarray) -> None:
-        for part in (offsets, tokens, masks):
+    def add(self, *parts: np.ndarray) -> None:
+        """Offsets, tokens, masks and values of a batch."""
+        for part in parts:
             self._hash.update(np.ascontiguousarray(part).data)
 
 
 def _write(file: IO[bytes], examples: Iterable[Example], facts: Callable[[], dict[str, Any]]) -> None:
     import pyarrow as pa
 
-    schema = pa.schema([("tokens", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8()))])
+    kinds = pa.list_(pa.int32()), pa.list_(pa.uint8()), pa.float32()
+    schema = pa.schema(zip(Example._fields, kinds, strict=True))
     source, found = iter(examples), _Digest()
     with pa.ipc.new_file(file, schema) as writer:
         while part := list(islice(source, BATCH)):
             offsets = np.cumsum([0, *(len(example.tokens) for example in part)]).astype(np.int32)
             tokens = np.concatenate([example.tokens for example in part]).astype(np.int32)
             masks = np.concatenate([example.loss_mask for example in part]).astype(bool)
-            found.add(offsets, tokens, masks)
-            lists = [pa.ListArray.from_arrays(offsets, values) for values in (tokens, masks.view(np.uint8))]
-            writer.write_batch(pa.record_batch(lists, schema=schema))
+            values = np.array([example.value for example in part], np.float32)
+            found.add(offsets, tokens, masks, values)
+            lists = [pa.ListArray.from_arrays(offsets, flat) for flat in (tokens, masks.view(np.uint8))]
+            writer.write_batch(pa.record_batch([*lists, values], schema=schema))
         noted = {"facts": facts(), "digest": found.hexdigest()}
-        writer.write_batch(pa.record_batch([[], []], schema=schema), {"noted": json.dumps(noted)})
+        writer.write_batch(pa.record_batch([[]] * len(kinds), schema=schema), {"noted": json.dumps(noted)})
 
 
 def _read(entry: Path) -> Store | None:

@@ -4,13 +4,14 @@
 > gradient; one pure step takes the gradient of the loss.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxpost.metrics import Mean
+from jaxpost.metrics import Mean, Metric
 from jaxpost.options import option
 
 Batch = dict[str, Array]  # the leading axis of every column is the example
@@ -18,7 +19,7 @@ Batch = dict[str, Array]  # the leading axis of every column is the example
 
 @runtime_checkable
 class Model(Protocol):
-    """What an objective sees of a model, through `logps` only."""
+    """What an objective sees of a model, through `logps` and `sequences` only."""
 
     def hidden(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
@@ -26,16 +27,23 @@ class Model(Protocol):
 
     def unembed(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]: ...
 
+    def score(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows"]: ...
+
 
 @runtime_checkable
 class Objective(Protocol):
     """A method: a frozen dataclass whose fields are its hyperparameters."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `annotate` is to be given a reference model."""
+        ...
+
     def annotate(self, policy: Model, reference: Model | None, batch: Batch) -> Batch:
         """Add the columns that need no gradient; sees the whole batch of an optimizer step."""
         ...
 
-    def loss(self, model: Model, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    def loss(self, model: Model, batch: Batch) -> tuple[Mean, Mapping[str, Metric]]:
         """The loss and the metrics of a micro-batch; sums, so that micro-batches and devices add up exactly."""
         ...
 

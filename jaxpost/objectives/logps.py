@@ -30,11 +30,15 @@ class TokenScores(NamedTuple):
         logps: log-probability of each target, nats.
         entropy: of the whole distribution, nats; carries no gradient unless asked for.
         top: 1 where the target is the most probable token; carries no gradient.
+        mean_logit: over the vocabulary; 0 unless asked for; carries no gradient.
+        collision: log of the sum of the squared probabilities, nats; 0 unless asked for; carries no gradient.
     """
 
     logps: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
     top: Float[Array, "B T"]
+    mean_logit: Float[Array, "B T"]
+    collision: Float[Array, "B T"]
 
 
 def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
@@ -44,15 +48,22 @@ def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     return targets, (mask > 0) & (segments == batch["segments"]) & ~last
 
 
-def score_batch(model: Model, batch: Batch) -> tuple[TokenScores, Bool[Array, "B T"], Float[Array, ""]]:
+def score_batch(
+    model: Model, batch: Batch, *, details: bool = False
+) -> tuple[TokenScores, Bool[Array, "B T"], Float[Array, ""]]:
     """Run the model over a batch and score its trained tokens; position t scores token t + 1.
+
+    Args:
+        model: a language model.
+        batch: tokens, positions, segments, loss_mask.
+        details: as of `score_tokens`.
 
     Returns:
         (scores, mask of the trained tokens, load-balancing loss of the model's routers).
     """
     targets, mask = next_tokens(batch)
     h, balance = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
-    return score_tokens(model, h, targets, mask), mask, balance
+    return score_tokens(model, h, targets, mask, details=details), mask, balance
 
 
 def score_tokens(
@@ -63,6 +74,7 @@ def score_tokens(
     *,
     temperature: float = 1.0,
     entropy_gradient: bool = False,
+    details: bool = False,
     chunk: int | None = None,
 ) -> TokenScores:
     """Log-probability and entropy of `targets` under `softmax(unembed(h) / temperature)`.
@@ -74,6 +86,7 @@ def score_tokens(
         mask: positions to score; the others are 0 and cost nothing.
         temperature: divides the logits.
         entropy_gradient: let gradients flow through the entropy.
+        details: also give what most methods do not look at, `mean_logit` and `collision`.
         chunk: positions of each row scored at a time; by default what CHUNK_BYTES holds.
     """
     batch, length, _ = h.shape
@@ -87,7 +100,8 @@ def score_tokens(
     chunks = (jnp.max(jnp.sum(mask, axis=1)) + size - 1) // size
     # The weights behind `unembed` become arguments, so that only they get a gradient here.
     unembed, weights = jax.closure_convert(model.unembed, h[:, :size].reshape(-1, h.shape[-1]))
-    score = partial(_score_chunk, unembed, temperature=temperature, entropy_gradient=entropy_gradient)
+    options = {"temperature": temperature, "entropy_gradient": entropy_gradient, "details": details}
+    score = partial(_score_chunk, unembed, **options)
     scores = _score_chunks(score, size, weights, h, jnp.take_along_axis(targets, order, axis=1), chunks)
     back = jnp.argsort(order, axis=1)
     return jax.tree.map(lambda x: jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)[:, :length], scores)
@@ -108,6 +122,7 @@ def _score_chunk(
     *,
     temperature: float,
     entropy_gradient: bool,
+    details: bool,
 ) -> TokenScores:
     # One row a token: XLA on CPU spreads work over the leading dimension.
     logits = unembed(h.reshape(-1, h.shape[-1]), *weights).astype(jnp.float32) / temperature
@@ -120,7 +135,12 @@ def _score_chunk(
     if not entropy_gradient:
         entropy = lax.stop_gradient(entropy)
     top = lax.stop_gradient((chosen >= peak).astype(jnp.float32))
-    return TokenScores(*(x.reshape(targets.shape) for x in (chosen - normalizer, entropy, top)))
+    mean_logit = collision = jnp.zeros_like(top)
+    if details:
+        mean_logit = lax.stop_gradient(jnp.mean(logits, axis=-1))
+        collision = lax.stop_gradient(jnp.log(jnp.sum(shifted * shifted, axis=-1)) - 2 * jnp.log(mass))
+    parts = (chosen - normalizer, entropy, top, mean_logit, collision)
+    return TokenScores(*(x.reshape(targets.shape) for x in parts))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

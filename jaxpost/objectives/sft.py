@@ -37,6 +37,10 @@ class SFT(RouterLoss):
     def __post_init__(self) -> None:
         one_of("loss_type", self.loss_type, LOSS_TYPES)
 
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
     def annotate(self, policy: Model, reference: Model | None, batch: Batch) -> Batch:
         return batch
 

@@ -134,7 +134,8 @@ class Checkpoints:
 
 
 def _saved(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    moving = {} if state.reference is None else {"reference": state.reference}
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, **moving}
 
 
 def _arrays(state: TrainState) -> dict[str, str]:

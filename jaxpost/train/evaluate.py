@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxpost.errors import ConfigError
-from jaxpost.metrics import Mean
+from jaxpost.metrics import Metric, Tally
 from jaxpost.objectives.base import Batch, Objective
 from jaxpost.options import one_of, option
 from jaxpost.train.state import TrainState, merge
@@ -32,25 +32,24 @@ class EvalConfig:
         return self.eval_strategy != "no" or self.eval_on_start
 
 
-def make_eval_step(objective: Objective, graphdef: Any) -> Callable[[TrainState, Batch], dict[str, Mean]]:
+def make_eval_step(
+    objective: Objective, annotate: Callable[[TrainState, Batch], Batch], graphdef: Any
+) -> Callable[[TrainState, Batch], dict[str, Metric]]:
     """Compile-ready forward pass: the loss and the metrics of a batch."""
 
-    def step(params: Any, frozen: Any, batch: Batch) -> dict[str, Mean]:
+    def step(params: Any, frozen: Any, batch: Batch) -> dict[str, Metric]:
         loss, metrics = objective.loss(merge(graphdef, params, frozen), batch)
         return {"loss": loss, **metrics}
 
     compiled = jax.jit(step)
-    return lambda state, batch: compiled(state.params, state.frozen, batch)
+    return lambda state, batch: compiled(state.params, state.frozen, annotate(state, batch))
 
 
 def evaluate(
-    state: TrainState, step: Callable[[TrainState, Batch], dict[str, Mean]], batches: Iterable[Batch]
+    state: TrainState, step: Callable[[TrainState, Batch], dict[str, Metric]], batches: Iterable[Batch]
 ) -> dict[str, float]:
     """Means over all batches, named `eval_loss`, `eval_entropy`, ..."""
-    totals: dict[str, list[float]] = {}
+    tally = Tally()
     for batch in batches:
-        for name, mean in jax.device_get(step(state, batch)).items():
-            entry = totals.setdefault(name, [0.0, 0.0])
-            entry[0] += float(mean.total)
-            entry[1] += float(mean.count)
-    return {f"eval_{name}": total / count if count else 0.0 for name, (total, count) in totals.items()}
+        tally.add(jax.device_get(step(state, batch)))
+    return {f"eval_{name}": value for name, value in tally.values().items()}

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 
 from jaxpost.errors import ConfigError, NonFiniteError
+from jaxpost.metrics import Tally, loss_of
 from jaxpost.objectives.base import Batch
 from jaxpost.options import option
 from jaxpost.train.state import TrainState
@@ -80,7 +81,7 @@ class Meter:
     num_tokens: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    sums: dict[str, list[float]] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
     times: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     tokens: int = 0
@@ -110,23 +111,21 @@ class Meter:
                 f"loss or gradient was not finite in {MAX_NONFINITE} steps in a row, the last at step {step}; "
                 "lower --learning_rate or look at the data"
             )
-        for name, mean in report.means.items() if report.finite else ():
-            entry = self.sums.setdefault(name, [0.0, 0.0])
-            entry[0] += float(mean.total)
-            entry[1] += float(mean.count)
+        if report.finite:
+            self.tally.add(report.metrics)
         self.steps += 1
         self.tokens += int(report.num_tokens)
         rate = self.tokens / (time.perf_counter() - self.since)
-        loss = report.means["loss"]
+        loss = loss_of(report.metrics)
         self.log.progress(step, float(loss.total) / max(float(loss.count), 1.0), rate)
         if self.schedule.logs(step):
             self._write(step, {name: float(value) for name, value in report.latest.items()}, rate)
             self.restart()
 
     def _write(self, step: int, latest: dict[str, float], rate: float) -> None:
-        means = {name: total / count if count else 0.0 for name, (total, count) in self.sums.items()}
-        loss = means.pop("loss", math.nan)  # no step of the window was finite
-        row = {"epoch": step / self.schedule.steps_per_epoch, "loss": loss, **latest, **means}
+        values = self.tally.values()
+        loss = values.pop("loss", math.nan)  # no step of the window was finite
+        row = {"epoch": step / self.schedule.steps_per_epoch, "loss": loss, **latest, **values}
         row["num_tokens"] = self.num_tokens
         row["tokens_per_second"] = rate
         row["step_time"] = (time.perf_counter() - self.since) / self.steps
@@ -139,7 +138,7 @@ class Meter:
 
     def restart(self) -> None:
         """Begin a new window."""
-        self.sums.clear()
+        self.tally.clear()
         self.times.clear()
         self.steps = self.tokens = 0
         self.since = time.perf_counter()

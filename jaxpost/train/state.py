@@ -27,12 +27,14 @@ class TrainState:
         params: trainable parameters, a nested dict of arrays.
         frozen: the model's other arrays; passed through untouched.
         opt_state: Optax's state for `params`.
+        reference: arrays of the model that the policy is compared with, where they change.
     """
 
     step: Int[Array, ""]
     params: Any
     frozen: Any
     opt_state: Any
+    reference: Any = None
 
 
 def decay_mask(params: Any) -> Any:

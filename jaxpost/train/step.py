@@ -1,5 +1,6 @@
 """The step: one pure, donated `jax.jit` from (state, batch) to (state, report)."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from jaxpost.metrics import Mean
+from jaxpost.metrics import Metric, loss_of, over_parts
 from jaxpost.objectives.base import Batch, Objective
 from jaxpost.sharding import constrain
 from jaxpost.train.optim import clip_by_global_norm
+from jaxpost.train.reference import Reference
 from jaxpost.train.state import TrainState, merge
 
 
@@ -19,13 +21,13 @@ class StepReport(NamedTuple):
     """What a step tells the loop; arrays that nobody has to wait for.
 
     Attributes:
-        means: loss and metrics, not yet divided.
+        metrics: loss and metrics, not yet divided.
         latest: values of this very step (grad_norm before clipping, learning_rate).
         num_tokens: real tokens in the batch.
         finite: False when loss or gradient were not, and parameters and optimizer were left as they were.
     """
 
-    means: dict[str, Mean]
+    metrics: dict[str, Metric]
     latest: dict[str, Array]
     num_tokens: Array
     finite: Array
@@ -42,6 +44,7 @@ def make_step(
     num_micro_batches: int,
     seed: int = 0,
     training: Callable[[Any, Array], Any] = lambda model, key: model,
+    follow: Callable[[TrainState], Any] = lambda state: state.reference,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """Compile-ready train step.
 
@@ -57,17 +60,18 @@ def make_step(
         num_micro_batches: gradient accumulation steps; must divide the rows of each device.
         seed: of the run.
         training: the model as it trains, with what is random about that drawn from the key of a micro-batch.
+        follow: the reference's arrays after a step.
     """
 
-    def total_loss(params: Any, frozen: Any, micro: Batch, key: Array) -> tuple[Array, dict[str, Mean]]:
+    def total_loss(params: Any, frozen: Any, micro: Batch, key: Array) -> tuple[Array, dict[str, Metric]]:
         loss, metrics = objective.loss(training(merge(graphdef, params, frozen), key), micro)
         return loss.total, {"loss": loss, **metrics}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), num_micro_batches)
-        grads, means = _mean_gradient(total_loss, state, split_batch(batch, num_micro_batches), keys)
+        grads, metrics = _mean_gradient(total_loss, state, split_batch(batch, num_micro_batches), keys)
         grads, norm = clip_by_global_norm(grads, max_grad_norm)
-        finite = jnp.isfinite(norm) & jnp.isfinite(means["loss"].total)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss_of(metrics).total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
 
         def keep(new: Array, old: Array) -> Array:
@@ -78,9 +82,11 @@ def make_step(
             params=jax.tree.map(keep, optax.apply_updates(state.params, updates), state.params),
             frozen=state.frozen,
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            reference=state.reference,
         )
+        new_state = dataclasses.replace(new_state, reference=follow(new_state))
         latest = {"grad_norm": norm, "learning_rate": jnp.asarray(schedule(updates_done(state)), jnp.float32)}
-        return new_state, StepReport(means, latest, jnp.sum(batch["segments"] > 0), finite)
+        return new_state, StepReport(metrics, latest, jnp.sum(batch["segments"] > 0), finite)
 
     # Without this the compiler picks the layout of the new state, and the second step compiles again.
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -88,19 +94,20 @@ def make_step(
 
 
 def _mean_gradient(
-    total_loss: Callable[..., tuple[Array, dict[str, Mean]]], state: TrainState, micros: Batch, keys: Array
-) -> tuple[Any, dict[str, Mean]]:
-    """The gradients of the micro-batches' totals, summed and divided once by the summed count; and the summed means."""
+    total_loss: Callable[..., tuple[Array, dict[str, Metric]]], state: TrainState, micros: Batch, keys: Array
+) -> tuple[Any, dict[str, Metric]]:
+    """The gradients of the micro-batches' totals, summed and divided once by the summed count; and the metrics."""
     gradient = jax.grad(total_loss, has_aux=True)
 
-    def accumulate(grads: Any, part: tuple[Batch, Array]) -> tuple[Any, dict[str, Mean]]:
-        new, means = gradient(state.params, state.frozen, *part)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), means
+    def accumulate(grads: Any, part: tuple[Batch, Array]) -> tuple[Any, dict[str, Metric]]:
+        new, metrics = gradient(state.params, state.frozen, *part)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), metrics
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
     grads, stacked = lax.scan(accumulate, zeros, (micros, keys))
-    means = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
-    return jax.tree.map(lambda g: g / jnp.maximum(means["loss"].count, 1), grads), means
+    metrics = over_parts(stacked)
+    count = jnp.maximum(loss_of(metrics).count, 1)
+    return jax.tree.map(lambda g: g / count, grads), metrics
 
 
 class Programs:
@@ -108,15 +115,19 @@ class Programs:
 
     def __init__(self, step: Any):
         self.step = step
-        self.by_shape: dict[tuple[int, ...], Any] = {}
+        self.by_shape: dict[Any, Any] = {}
 
     def prepare(self, state: TrainState, batch: Batch) -> None:
         """Compile for batches of this shape; nothing is run."""
-        self.by_shape[batch["tokens"].shape] = self.step.lower(state, batch).compile()
+        self.by_shape[_shapes(batch)] = self.step.lower(state, batch).compile()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         """Run the step; a shape that was not prepared is compiled now."""
-        return self.by_shape.get(batch["tokens"].shape, self.step)(state, batch)
+        return self.by_shape.get(_shapes(batch), self.step)(state, batch)
+
+
+def _shapes(batch: Batch) -> Any:
+    return tuple((name, column.shape) for name, column in sorted(batch.items()))
 
 
 def updates_done(state: TrainState) -> Array:
@@ -125,14 +136,48 @@ def updates_done(state: TrainState) -> Array:
     return counts[0][1] if counts else state.step
 
 
-def make_annotate(objective: Objective, graphdef: Any) -> Callable[[TrainState, Batch], Batch]:
-    """Compile-ready annotation of a whole batch with the columns that need no gradient."""
+def make_annotate(
+    objective: Objective,
+    graphdef: Any,
+    reference: Reference | None = None,
+    *,
+    num_parts: int = 1,
+) -> Callable[[TrainState, Batch], Batch]:
+    """Compile-ready annotation of a whole batch with the columns that need no gradient.
 
-    def annotate(params: Any, frozen: Any, batch: Batch) -> Batch:
-        return objective.annotate(merge(graphdef, params, frozen), None, batch)
+    Args:
+        objective: the method.
+        graphdef: of the model, from `create_state`.
+        reference: None where the method needs none. Where it changes, its arrays are those of the state.
+        num_parts: the rows of a batch are read in so many parts.
+    """
 
-    compiled = jax.jit(annotate)
-    return lambda state, batch: compiled(state.params, state.frozen, batch)
+    def annotate(params: Any, frozen: Any, arrays: Any, batch: Batch) -> Batch:
+        policy = merge(graphdef, params, frozen)
+        compared = None if reference is None else InParts(reference.build(policy, arrays), num_parts)
+        return objective.annotate(InParts(policy, num_parts), compared, batch)
+
+    compiled, fixed = jax.jit(annotate), None if reference is None else reference.arrays
+
+    def annotated(state: TrainState, batch: Batch) -> Batch:
+        arrays = fixed if state.reference is None else state.reference
+        return compiled(state.params, state.frozen, arrays, batch)
+
+    return annotated
+
+
+class InParts:
+    """A model that reads its rows a part after the other, so that a whole batch takes the memory of a part."""
+
+    def __init__(self, model: Any, num_parts: int):
+        self.model, self.num_parts = model, num_parts
+        self.unembed, self.score = model.unembed, model.score
+
+    def hidden(self, tokens: Array, positions: Array, segments: Array) -> tuple[Array, Array]:
+        """As the model's; the load-balancing loss is the mean over the parts."""
+        parts = split_batch({"tokens": tokens, "positions": positions, "segments": segments}, self.num_parts)
+        h, balance = lax.map(lambda part: self.model.hidden(**part), parts)
+        return h.swapaxes(0, 1).reshape(*tokens.shape, -1), jnp.mean(balance)
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:

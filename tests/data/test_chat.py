@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxpost.data.bad_rows import BadRows
-from jaxpost.data.chat import Counts, SFTDataConfig, encode_prompt, encode_rows
+from jaxpost.data.chat import SFTDataConfig, encode_prompt, encode_rows
+from jaxpost.data.examples import Counts
 from jaxpost.errors import ConfigError, DataError
 from tests.conftest import make_tokenizer
 
@@ -34,12 +35,12 @@ def tokenizer():
 
 
 def encode(rows, tokenizer, bad_rows=None, vocab_size=None, **options):
-    """All examples and their counts."""
+    """Tokens and masks of all examples, and their counts."""
     config, counts, vocab_size = SFTDataConfig(**options), Counts(), vocab_size or len(tokenizer)
     found = encode_rows(
         rows, tokenizer, config, vocab_size=vocab_size, name="rows.jsonl", bad_rows=bad_rows, counts=counts
     )
-    return list(found), counts
+    return [(example.tokens, example.loss_mask) for example in found], counts
 
 
 def texts(rows, tokenizer, **options):
@@ -221,8 +222,9 @@ def test_tokenized_rows(tokenizer, caplog):
 
     def mask(columns, **options):
         [example], _ = encode([{**row, **columns}], tokenizer, **options)
-        assert example.tokens.tolist() == row["input_ids"]  # no EOS is added
-        return example.loss_mask.astype(int).tolist()
+        tokens, loss_mask = example
+        assert tokens.tolist() == row["input_ids"]  # no EOS is added
+        return loss_mask.astype(int).tolist()
 
     completion, assistant = {"completion_mask": [0, 0, 1, 1]}, {"assistant_masks": [0, 1, 1, 0]}
     assert mask({}) == [0, 1, 1, 1]
@@ -341,9 +343,9 @@ def test_datasets_and_lists_give_the_same(tokenizer):
     theirs, same = encode(datasets.Dataset.from_list(rows).with_format("numpy"), tokenizer)
     assert counts == same == Counts(kept=1203)
     for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(one.tokens, other.tokens)
-        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
-    assert [example.loss_mask.sum() for example in ours] == [1 + i % 7 + 2 for i in range(1203)]
+        for part, expected in zip(one, other, strict=True):
+            np.testing.assert_array_equal(part, expected)
+    assert [loss_mask.sum() for _, loss_mask in ours] == [1 + i % 7 + 2 for i in range(1203)]
 
 
 def test_prompts_to_generate_from(tokenizer):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxpost.data.chat import Example
+from jaxpost.data.examples import Example
 from jaxpost.data.loader import MAX_CANDIDATES, Loader, LoaderConfig, bucket_lengths, collate
 from jaxpost.data.packing import Packs, singles
 from jaxpost.data.store import stored

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxpost.data.chat import Example
+from jaxpost.data.examples import Example
 from jaxpost.data.packing import PackingConfig, first_tokens, pack, pack_examples, singles
 from jaxpost.data.store import stored
 from jaxpost.errors import ConfigError

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxpost.data.chat import Example
+from jaxpost.data.examples import Example
 from jaxpost.data.store import ABANDONED_SECONDS, BATCH, KEPT_SECONDS, SUFFIX, UNFINISHED, stored
 from jaxpost.errors import CheckpointError
 

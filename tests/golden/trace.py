@@ -6,33 +6,82 @@ import optax
 from flax import nnx
 
 from jaxpost.models.config import Compute
+from jaxpost.models.families import read_config
 from jaxpost.models.hf import place
+from jaxpost.models.transformer import Decoder
+from jaxpost.objectives.cpo import CPO
+from jaxpost.objectives.dpo import DPO
+from jaxpost.objectives.kto import KTO
+from jaxpost.objectives.orpo import ORPO
+from jaxpost.objectives.reward import Reward
 from jaxpost.objectives.sft import SFT
 from jaxpost.sharding import make_mesh, put
+from jaxpost.train.reference import Reference
 from jaxpost.train.state import create_state
 from jaxpost.train.step import make_annotate, make_step
-from tests.conftest import make_batch, make_model
+from tests.conftest import TINY_LLAMA, make_batch
 
-OBJECTIVES = {"sft": SFT(), "sft_dft": SFT(loss_type="dft")}
+OBJECTIVES = {
+    "sft": SFT(),
+    "sft_dft": SFT(loss_type="dft"),
+    "dpo": DPO(loss_type=["sigmoid", "aot_unpaired", "sft"], loss_weights=[1.0, 0.5, 0.1]),
+    "orpo": ORPO(),
+    "cpo": CPO(),
+    "simpo": CPO(loss_type="simpo", cpo_alpha=0.0),
+    "kto": KTO(),
+    "reward": Reward(center_rewards_coefficient=0.1),
+}
+
+
+def filled(seed, head="lm"):
+    """A model whose weights come from numpy."""
+    model, rng = Decoder(read_config(TINY_LLAMA, "tiny"), head=head, rngs=nnx.Rngs(0)), np.random.default_rng(seed)
+    weights = nnx.to_pure_dict(nnx.state(model))
+    nnx.update(
+        model,
+        jax.tree.map(lambda leaf: rng.normal(float(leaf.ndim == 1), 0.1, leaf.shape).astype(np.float32), weights),
+    )
+    return model
+
+
+def make_examples(seed):
+    """Rows of `make_batch` with two examples each."""
+    batch = make_batch(seed=seed)
+    half = np.sum(batch["segments"], axis=1, keepdims=True) // 2
+    second = batch["positions"] >= half
+    ones = np.ones((len(second), 2), np.float32)
+    return {
+        **batch,
+        "positions": np.where(second, batch["positions"] - half, batch["positions"]),
+        "segments": batch["segments"] * (1 + second),
+        "examples": ones,
+        "margin": ones / 4,
+        "label": ones * [1, 0],
+    }
+
+
+def batch_for(name, seed):
+    if name.startswith("sft"):
+        return make_batch(seed=seed)
+    others = {f"mismatched_{key}": column for key, column in make_examples(seed + 100).items()}
+    return make_examples(seed) | (others if name == "kto" else {})
 
 
 def trace(name: str) -> dict[str, list[float]]:
     """Loss and gradient norm of each step."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    model = make_model()
-    rng = np.random.default_rng(0)
-    weights = nnx.to_pure_dict(nnx.state(model))
-    filled = jax.tree.map(lambda leaf: rng.normal(float(leaf.ndim == 1), 0.1, leaf.shape).astype(np.float32), weights)
-    nnx.update(model, filled)
     schedule = optax.constant_schedule(3e-3)
     optimizer = optax.adamw(schedule, weight_decay=0.01)
     losses, norms = [], []
     with jax.set_mesh(mesh):
-        graphdef, state = create_state(place(model, Compute(), mesh), optimizer, nnx.Param, mesh)
-        annotate = make_annotate(OBJECTIVES[name], graphdef)
+        model = place(filled(0, "reward" if name == "reward" else "lm"), Compute(), mesh)
+        graphdef, state = create_state(model, optimizer, nnx.Param, mesh)
+        other, arrays = nnx.split(place(filled(1), Compute(), mesh))
+        reference = Reference(lambda _, own: nnx.merge(other, own), arrays)
+        annotate = make_annotate(OBJECTIVES[name], graphdef, reference, num_parts=2)
         step = make_step(OBJECTIVES[name], graphdef, state, optimizer, schedule, max_grad_norm=1.0, num_micro_batches=2)
         for seed in range(10):
-            state, report = step(state, annotate(state, put(make_batch(seed=seed), mesh)))
-            losses.append(float(report.means["loss"].value()))
+            state, report = step(state, annotate(state, put(batch_for(name, seed), mesh)))
+            losses.append(float(report.metrics["loss"].value()))
             norms.append(float(report.latest["grad_norm"]))
     return {"loss": losses, "grad_norm": norms}

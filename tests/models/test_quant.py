@@ -147,7 +147,7 @@ def test_a_step_trains_the_rest_and_leaves_the_parts_alone():
         losses = []
         for _ in range(4):
             state, report = step(state, put(make_batch(rows=16), mesh))
-            losses.append(float(report.means["loss"].total / report.means["loss"].count))
+            losses.append(float(report.metrics["loss"].total / report.metrics["loss"].count))
     assert losses[-1] < losses[0] - 0.05
     assert "kernel" not in str(jax.tree_util.tree_structure(state.params))
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.frozen), strict=True):

@@ -20,7 +20,9 @@ def test_chunks_equal_full_logits_in_value_and_gradient(tied, chunk):
         model = nnx.merge(graphdef, state)
         targets, mask = next_tokens(batch)
         h, _ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
-        scores = score_tokens(model, h, targets, mask, temperature=0.7, entropy_gradient=True, chunk=chunk)
+        scores = score_tokens(
+            model, h, targets, mask, temperature=0.7, entropy_gradient=True, details=True, chunk=chunk
+        )
         return jnp.sum(scores.logps * weight) + jnp.sum(scores.entropy), scores
 
     def naive(state):
@@ -31,7 +33,8 @@ def test_chunks_equal_full_logits_in_value_and_gradient(tied, chunk):
         entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1) * mask
         chosen = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0] * mask
         top = (jnp.argmax(logits, axis=-1) == targets) * mask
-        return jnp.sum(chosen * weight) + jnp.sum(entropy), (chosen, entropy, top)
+        collision = jax.nn.logsumexp(2 * logps, axis=-1) * mask
+        return jnp.sum(chosen * weight) + jnp.sum(entropy), (chosen, entropy, top, logits.mean(-1) * mask, collision)
 
     (_, scores), gradient = jax.jit(jax.value_and_grad(chunked, has_aux=True))(state)
     (_, expected), expected_gradient = jax.jit(jax.value_and_grad(naive, has_aux=True))(state)

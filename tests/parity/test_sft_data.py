@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxpost.data.chat import Counts, SFTDataConfig, encode_prompt, encode_rows
+from jaxpost.data.chat import SFTDataConfig, encode_prompt, encode_rows
+from jaxpost.data.examples import Counts
 
 TEMPLATES = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
 

@@ -29,7 +29,7 @@ def run(totals, counts=None, *, finite=None, start=0, evaluate=None, source=None
     def step(state, batch):
         k = int(state.step)
         report = StepReport(
-            means={"loss": Mean(jnp.float32(totals[k]), jnp.float32(counts[k]))},
+            metrics={"loss": Mean(jnp.float32(totals[k]), jnp.float32(counts[k]))},
             latest={"learning_rate": jnp.float32(k)},
             num_tokens=jnp.int32(10),
             finite=jnp.asarray(finite[k]),

@@ -82,6 +82,6 @@ def test_the_step_takes_it_and_compiles_once(optim):
         losses = []
         for _ in range(3):
             state, report = step(state, put(make_batch(), mesh))
-            losses.append(float(report.means["loss"].value()))
+            losses.append(float(report.metrics["loss"].value()))
     assert step._cache_size() == 1
     assert losses[2] < losses[1] < losses[0]

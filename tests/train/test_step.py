@@ -35,7 +35,7 @@ def run(mesh_spec=ONE_DEVICE, micro=1, steps=2, batch=None, optimizer=None, max_
 
 
 def losses(reports):
-    return [float(report.means["loss"].total / report.means["loss"].count) for report in reports]
+    return [float(report.metrics["loss"].total / report.metrics["loss"].count) for report in reports]
 
 
 def test_accumulated_gradient_equals_the_whole_batch():
@@ -80,7 +80,7 @@ def test_report_counts_tokens_and_gives_the_norm_before_clipping():
     _, free, _ = run(steps=1, max_grad_norm=None)
     _, clipped, _ = run(steps=1, max_grad_norm=1e-3)
     assert int(free[0].num_tokens) == batch["segments"].sum()
-    assert free[0].means["loss"].count == batch["loss_mask"][:, 1:].sum()
+    assert free[0].metrics["loss"].count == batch["loss_mask"][:, 1:].sum()
     np.testing.assert_allclose(free[0].latest["grad_norm"], clipped[0].latest["grad_norm"], rtol=1e-6)
     assert free[0].latest["learning_rate"] == np.float32(1e-2)
 

@@ -76,7 +76,7 @@ def prepare_jaxpost(args: argparse.Namespace) -> dict[str, float]:
     from jaxpost import SFTConfig
     from jaxpost.data.rows import as_rows
     from jaxpost.data.tokenizer import prepare_tokenizer
-    from jaxpost.methods import encode_sft
+    from jaxpost.encode import encode_sft
 
     config = SFTConfig(packing=True, max_length=args.max_length, tokenized_cache_dir="")
     tokenizer, rows = prepare_tokenizer(load_tokenizer(args.model), config), read(args.rows_file)

@@ -1,0 +1,101 @@
+"""Kahneman-Tversky optimisation: completions that are judged one by one.
+
+    z = max(0, E[log pi(y'|x)/ref(y'|x)]),  x_i = log pi(y_i|x_i)/ref(y_i|x_i)
+    L = w_D (1 - sigma(beta (x_i - z))) where y_i is desirable,  w_U (1 - sigma(beta (z - x_i))) where it is not
+
+Ethayarajh et al., 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv:2402.01306, equations 6 to 8.
+z is estimated from prompts with completions of other examples, the y'.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpost.errors import ConfigError
+from jaxpost.metrics import Mean, Metric, masked_mean
+from jaxpost.objectives.base import Batch, Model, RouterLoss
+from jaxpost.objectives.kto_losses import apo_zero_unpaired, kl_estimate, kto_loss
+from jaxpost.objectives.logps import score_batch
+from jaxpost.objectives.sequences import exists, per_example, per_token, sequence_logps
+from jaxpost.options import one_of, option
+
+LOSS_TYPES = ("kto", "apo_zero_unpaired")
+MISMATCHED = "mismatched_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTO(RouterLoss):
+    """The objective; `label` [B, S] is 1 for desirable examples, `mismatched_*` are other rows of as many examples."""
+
+    beta: float = option(0.1, "How close the policy stays to the reference; more is closer.")
+    loss_type: str = option("kto", f"Loss: {', '.join(LOSS_TYPES)}.")
+    desirable_weight: float = option(1.0, "Weight of the desirable completions.")
+    undesirable_weight: float = option(1.0, "Weight of the undesirable completions.")
+
+    def __post_init__(self) -> None:
+        one_of("loss_type", self.loss_type, LOSS_TYPES)
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            if vars(self)[name] <= 0:
+                raise ConfigError(f"{name} is {vars(self)[name]}; it must be above 0")
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def needs_mismatches(self) -> bool:
+        """Whether the loss is told how far the policy has moved on completions of other prompts."""
+        return self.loss_type == "kto"
+
+    def annotate(self, policy: Model, reference: Model | None, batch: Batch) -> Batch:
+        present = exists(batch)
+        kl = jnp.zeros(())
+        if self.needs_mismatches:
+            assert reference is not None
+            others = {name.removeprefix(MISMATCHED): x for name, x in batch.items() if name.startswith(MISMATCHED)}
+            others |= {"examples": batch["examples"]}
+            kl = kl_estimate(sequence_logps(policy, others), sequence_logps(reference, others), present)
+            batch = {name: column for name, column in batch.items() if not name.startswith(MISMATCHED)}
+        if "ref_logps" not in batch:
+            assert reference is not None
+            batch = {**batch, "ref_logps": sequence_logps(reference, batch)}
+        # The margin is a difference of two means: each example counts as much as all are to those of its label.
+        desirable = present & (batch["label"] > 0)
+        counts = jnp.sum(desirable), jnp.sum(present & ~desirable)
+        shares = [jnp.sum(present) / jnp.maximum(count, 1) for count in counts]
+        return {
+            **batch,
+            "kl": jnp.broadcast_to(kl, present.shape),
+            "margin_share": jnp.where(desirable, shares[0], -shares[1]) * (counts[0] > 0) * (counts[1] > 0),
+        }
+
+    def loss(self, model: Model, batch: Batch) -> tuple[Mean, Mapping[str, Metric]]:
+        scores, mask, balance = score_batch(model, batch, details=True)
+        logps, present, desirable = per_example(scores.logps, batch), exists(batch), batch["label"] > 0
+        logratios = logps - batch["ref_logps"]
+        options = {
+            "beta": self.beta,
+            "desirable_weight": self.desirable_weight,
+            "undesirable_weight": self.undesirable_weight,
+        }
+        if self.loss_type == "kto":
+            losses = kto_loss(logratios, batch["kl"], batch["label"], **options)
+        else:
+            losses = apo_zero_unpaired(logratios, batch["label"], **options)
+        loss, routing = self.with_balance(masked_mean(losses, present), balance)
+        rewards, logps = lax.stop_gradient((self.beta * logratios, logps))
+        of_desirable = per_token(batch["label"], batch) > 0
+        chosen, rejected = present & desirable, present & ~desirable
+        return loss, {
+            "kl": masked_mean(batch["kl"], present),
+            "rewards/chosen": masked_mean(rewards, chosen),
+            "rewards/rejected": masked_mean(rewards, rejected),
+            "rewards/margins": masked_mean(rewards * batch["margin_share"], present),
+            "logps/chosen": masked_mean(logps, chosen),
+            "logps/rejected": masked_mean(logps, rejected),
+            "logits/chosen": masked_mean(scores.mean_logit, mask & of_desirable),
+            "logits/rejected": masked_mean(scores.mean_logit, mask & ~of_desirable),
+            "entropy": masked_mean(scores.entropy, mask),
+        } | routing

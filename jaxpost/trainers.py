@@ -1,0 +1,112 @@
+"""The trainers by the names and arguments of TRL's; each makes one `Trainer`."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxpost.methods import (
+    METHODS,
+    CPOConfig,
+    DPOConfig,
+    KTOConfig,
+    ORPOConfig,
+    RewardConfig,
+    SFTConfig,
+    SimPOConfig,
+)
+from jaxpost.models.lora_config import LoraConfig, PeftConfig
+from jaxpost.models.transformer import Decoder
+from jaxpost.trainer import Trainer
+
+Name = str | os.PathLike[str] | Decoder | None
+Adapter = LoraConfig | PeftConfig | None
+
+
+def SFTTrainer(
+    model: Name = None,
+    args: SFTConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
+    peft_config: Adapter = None,
+) -> Trainer:
+    """Supervised fine-tuning with TRL's argument names; see `Trainer`."""
+    data = (train_dataset, eval_dataset, processing_class, formatting_func)
+    return Trainer(METHODS["sft"], model, args, *data, peft_config)
+
+
+def DPOTrainer(
+    model: Name = None,
+    ref_model: Name = None,
+    args: DPOConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    peft_config: Adapter = None,
+) -> Trainer:
+    """Direct preference optimisation with TRL's argument names; see `Trainer`."""
+    return _trainer("dpo", model, args, train_dataset, eval_dataset, processing_class, peft_config, ref_model)
+
+
+def KTOTrainer(
+    model: Name = None,
+    ref_model: Name = None,
+    args: KTOConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    peft_config: Adapter = None,
+) -> Trainer:
+    """Kahneman-Tversky optimisation with TRL's argument names; see `Trainer`."""
+    return _trainer("kto", model, args, train_dataset, eval_dataset, processing_class, peft_config, ref_model)
+
+
+def ORPOTrainer(
+    model: Name = None,
+    args: ORPOConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    peft_config: Adapter = None,
+) -> Trainer:
+    """Odds-ratio preference optimisation with TRL's argument names; see `Trainer`."""
+    return _trainer("orpo", model, args, train_dataset, eval_dataset, processing_class, peft_config)
+
+
+def CPOTrainer(
+    model: Name = None,
+    args: CPOConfig | SimPOConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    peft_config: Adapter = None,
+) -> Trainer:
+    """CPO, SimPO and AlphaPO with TRL's argument names; see `Trainer`."""
+    return _trainer("cpo", model, args, train_dataset, eval_dataset, processing_class, peft_config)
+
+
+def RewardTrainer(
+    model: Name = None,
+    args: RewardConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    peft_config: Adapter = None,
+) -> Trainer:
+    """Reward models with TRL's argument names; see `Trainer`."""
+    return _trainer("reward", model, args, train_dataset, eval_dataset, processing_class, peft_config)
+
+
+def _trainer(
+    name: str,
+    model: Name,
+    args: Any,
+    train: Any,
+    held_out: Any,
+    tokenizer: Any,
+    adapter: Adapter,
+    ref_model: Name = None,
+) -> Trainer:
+    options = {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
+    return Trainer(METHODS[name], model, args, peft_config=adapter, ref_model=ref_model, **options)

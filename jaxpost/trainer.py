@@ -119,8 +119,8 @@ class Trainer:
                 state = dataclasses.replace(state, reference=moving.arrays)
             checkpoints = Checkpoints(self.output_dir / "checkpoints", args, loader.fingerprint())
             state, facts = checkpoints.restore(state) or (state, {"num_tokens": 0})
-            parts = args.gradient_accumulation_steps
-            annotate = make_annotate(self.objective, graphdef, self.reference, num_parts=parts)
+            num_parts = args.gradient_accumulation_steps
+            annotate = make_annotate(self.objective, graphdef, self.reference, num_parts=num_parts)
             step = Programs(
                 make_step(
                     self.objective,
@@ -129,7 +129,7 @@ class Trainer:
                     optimizer,
                     schedule,
                     max_grad_norm=args.max_grad_norm,
-                    num_micro_batches=args.gradient_accumulation_steps,
+                    num_micro_batches=num_parts,
                     seed=args.seed,
                     training=self._as_trained,
                     follow=follow(args) if moving else lambda state: None,

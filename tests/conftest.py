@@ -69,12 +69,23 @@ def make_tokenizer():
     )
 
 
-def make_model(**changes):
+def make_model(head="lm", **changes):
     """A random tiny Llama; `changes` are fields of its config.json."""
     from jaxpost.models.families import read_config
     from jaxpost.models.transformer import Decoder
 
-    return Decoder(read_config({**TINY_LLAMA, **changes}, "tiny"), rngs=nnx.Rngs(0))
+    return Decoder(read_config({**TINY_LLAMA, **changes}, "tiny"), head=head, rngs=nnx.Rngs(0))
+
+
+def make_noisy_model(seed, **changes):
+    """`make_model` with larger weights that depend on the seed, so that two of them differ in what they say."""
+    model, rng = make_model(**changes), np.random.default_rng(seed)
+
+    def noisy(weight):
+        return (weight + 0.05 * (weight.ndim > 1) * rng.normal(size=weight.shape)).astype(weight.dtype)
+
+    nnx.update(model, jax.tree.map(noisy, nnx.to_pure_dict(nnx.state(model))))
+    return model
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxpost.data.bad_rows import BadRows
-from jaxpost.data.examples import Counts, Example, LengthConfig, Reader, Reading, flattened, read_examples
+from jaxpost.data.examples import Example, LengthConfig, Reader, Reading, flattened, read_examples
 from jaxpost.data.formats import Block, DatasetType, row_type
 from jaxpost.data.template import Renderer, Span
 from jaxpost.errors import ConfigError, DataError
@@ -60,21 +59,19 @@ def encode_rows(
     config: SFTDataConfig,
     *,
     vocab_size: int,
-    name: str = "the dataset",
-    bad_rows: BadRows | None = None,
-    counts: Counts | None = None,
+    **options: Any,
 ) -> Iterator[Example]:
     """Tokenise rows (what `as_rows` takes) of text, messages or completions, and drop those without a trained token.
 
     Standard text and completions get the EOS text if they lack it; messages go through the chat template. `vocab_size`
-    is the number of embedding rows; the other arguments and the errors are those of `read_examples`.
+    is the number of embedding rows; `options` are `name`, `bad_rows` and `counts` of `read_examples`, whose errors are
+    raised.
     """
     check_padding(tokenizer, vocab_size)
 
     def open_reader(block: Block) -> Reader:
         return partial(_read, rule=_rule(block, tokenizer, config, vocab_size))
 
-    options = {"name": name, "bad_rows": bad_rows or BadRows(), "counts": counts or Counts()}
     return flattened(read_examples(rows, open_reader, config, **options))
 
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpost.data.bad_rows import BadRows
 from jaxpost.data.chat import Encoded, Rule, check_padding, completion_rule, encode_block
-from jaxpost.data.examples import Counts, Example, LengthConfig, Reader, Reading, Unit, read_examples
+from jaxpost.data.examples import Example, LengthConfig, Reader, Reading, Unit, read_examples
 from jaxpost.data.formats import Block, DatasetType, row_type
 from jaxpost.data.preference import Said, judged, pairs
 from jaxpost.data.rows import Row
@@ -57,9 +56,7 @@ def _encode(
     config: LengthConfig,
     *,
     vocab_size: int,
-    name: str = "the dataset",
-    bad_rows: BadRows | None = None,
-    counts: Counts | None = None,
+    **options: Any,
 ) -> Iterator[Unit]:
     check_padding(tokenizer, vocab_size)
 
@@ -67,7 +64,6 @@ def _encode(
         kind = row_type(block, accepted=accepted)
         return partial(read, rule=completion_rule(kind.conversational, tokenizer, vocab_size))
 
-    options = {"name": name, "bad_rows": bad_rows or BadRows(), "counts": counts or Counts()}
     return read_examples(rows, open_reader, config, **options)
 
 

@@ -94,9 +94,9 @@ def read_examples(
     open_reader: Callable[[Block], Reader],
     config: LengthConfig,
     *,
-    name: str,
-    bad_rows: BadRows,
-    counts: Counts,
+    name: str = "the dataset",
+    bad_rows: BadRows | None = None,
+    counts: Counts | None = None,
 ) -> Iterator[Unit]:
     """Units of examples from rows (what `as_rows` takes), less those without a trained token.
 
@@ -105,13 +105,14 @@ def read_examples(
         open_reader: the reader of these rows, by their first block.
         config: what becomes of long ones.
         name: of the dataset in messages, where rows are counted from 1.
-        bad_rows: decides what becomes of rows that cannot be used.
+        bad_rows: decides what becomes of rows that cannot be used; by default the first one is an error.
         counts: added to.
 
     Raises:
         DataError: no rows, wrong columns, a bad cell, or, after the last row, nothing to train on.
         ConfigError: an option, the tokenizer or its chat template does not fit the rows.
     """
+    bad_rows, counts = bad_rows or BadRows(), counts or Counts()
     read, seen, kept, parted = None, 0, 0, 0
     for block in blocks(rows, name, bad_rows):
         read = read or open_reader(block)

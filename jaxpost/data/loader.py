@@ -109,15 +109,17 @@ class Loader:
         self._cached_order = functools.lru_cache(maxsize=2)(self.epoch_order)
         self.num_steps, self.steps_per_epoch = num_steps, math.ceil(len(packs) / global_batch_size)
         num_planned = min(num_steps, max(1, MAX_PLANNED // global_batch_size))
-        self._longest = [self.layout(step)[1] for step in range(num_planned)]
+        self._longest, self._widest, self._longest_mismatch = [], 0, 0
+        for step in range(num_planned):
+            rows, longest = self.layout(step)
+            self._longest.append(longest)
+            if packs.facts is not None:
+                self._widest = max(self._widest, *map(len, self._members(rows)))
+            if mismatch is not None:
+                partners = self._partners(step)
+                sizes = (sum(packs.mismatched_size(i, partners[i], mismatch) for i in row) for row in rows)
+                self._longest_mismatch = max(self._longest_mismatch, *sizes)
         self.lengths = bucket_lengths(self._longest, num_lengths, multiple)
-        self._widest = self._longest_mismatch = 0
-        for step in range(num_planned) if packs.facts is not None else ():
-            rows, partners = self.layout(step)[0], self._partners(step)
-            self._widest = max(self._widest, *(len(numbers) for numbers in self._members(rows)))
-            for row in rows if mismatch else ():
-                sizes = (packs.mismatched_size(i, partners[i], mismatch or 0) for i in row)
-                self._longest_mismatch = max(self._longest_mismatch, sum(sizes))
 
     def padding(self, num_lengths: int) -> float:
         """Share of the planned batches' tokens that is padding, if that many row lengths are compiled."""

@@ -142,12 +142,11 @@ class Packs(Sequence[tuple[Example, ...]]):
         return len(self._ends)
 
     def __getitem__(self, i: Any) -> Any:
-        start = self._ends[i - 1] if i else 0
-        return tuple(self._cut(*piece) for piece in self._pieces[start : self._ends[i]])
+        return tuple(self._cut(*piece) for piece in self._pieces_of(i))
 
     def members(self, i: int) -> np.ndarray:
         """Numbers of the examples of a pack."""
-        return self._pieces[self._ends[i - 1] if i else 0 : self._ends[i], 0]
+        return self._pieces_of(i)[:, 0]
 
     def mismatched(self, i: int, j: int, max_length: int) -> Example:
         """The prompt of pack `i` with the completion of pack `j`, each of one example; cut at the end."""
@@ -160,9 +159,12 @@ class Packs(Sequence[tuple[Example, ...]]):
         first, second = self._prompts(i, j)
         return min(max_length, first + int(self.sizes[j]) - second)
 
+    def _pieces_of(self, i: int) -> np.ndarray:
+        return self._pieces[self._ends[i - 1] if i else 0 : self._ends[i]]
+
     def _prompts(self, *packs: int) -> list[int]:
         """Tokens of the prompt of each pack."""
-        return [int(self.examples.starts[self._pieces[pack, 0]]) for pack in packs]
+        return [int(self.examples.starts[self.members(pack)[0]]) for pack in packs]
 
     def digest(self) -> str:
         """Of every token and mask and of how they are dealt, in 32 hexadecimal digits."""

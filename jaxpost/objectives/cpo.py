@@ -12,15 +12,13 @@ Simple Preference Optimization with a Reference-Free Reward", arXiv:2405.14734, 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Mean, Metric, masked_mean
 from jaxpost.objectives.base import Batch, Model, RouterLoss
 from jaxpost.objectives.cpo_losses import CPO_LOSSES, alpha_reward, cpo_loss
 from jaxpost.objectives.logps import next_tokens, score_batch
 from jaxpost.objectives.pair_metrics import chosen_tokens, pair_metrics
-from jaxpost.objectives.sequences import exists, pairs_of, per_example, token_share
+from jaxpost.objectives.sequences import exists, mean_per_example, pairs_of, per_example, token_share
 from jaxpost.options import one_of, option
 
 BY_MEAN = ("ipo", "simpo")  # loss types of the mean log-probability of a completion, not the sum
@@ -58,8 +56,7 @@ class CPO(RouterLoss):
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, Mapping[str, Metric]]:
         scores, mask, balance = score_batch(model, batch, details=True)
         sums, present = per_example(scores.logps, batch), pairs_of(exists(batch))[0]
-        lengths = jnp.maximum(per_example(mask.astype(jnp.float32), batch), 1)
-        logps = sums / lengths if self.loss_type in BY_MEAN else sums
+        logps = mean_per_example(scores.logps, mask, batch) if self.loss_type in BY_MEAN else sums
         rewards = alpha_reward(logps, self.alpha)
         losses = cpo_loss(
             self.loss_type,

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.nn import log_sigmoid
 from jaxtyping import Float
 
-MAX_EXPONENT = 80.0  # whose exponential float32 still holds
+from jaxpost.objectives.dpo_losses import MAX_EXPONENT, smoothed_logistic
 
 
 class Options(NamedTuple):
@@ -28,15 +27,11 @@ class Options(NamedTuple):
     simpo_gamma: float
 
 
-def _smoothed(x: Array, share: float) -> Array:
-    return -(1 - share) * log_sigmoid(x) - share * log_sigmoid(-x)
-
-
 CPO_LOSSES: dict[str, Callable[[Array, Options], Array]] = {
-    "sigmoid": lambda d, o: _smoothed(o.beta * d, o.label_smoothing),
+    "sigmoid": lambda d, o: smoothed_logistic(o.beta * d, o.label_smoothing),
     "hinge": lambda d, o: jax.nn.relu(1 - o.beta * d),
     "ipo": lambda d, o: (d - 0.5 / o.beta) ** 2,
-    "simpo": lambda d, o: _smoothed(o.beta * d - o.simpo_gamma, o.label_smoothing),
+    "simpo": lambda d, o: smoothed_logistic(o.beta * d - o.simpo_gamma, o.label_smoothing),
 }
 
 

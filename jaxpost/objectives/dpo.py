@@ -25,11 +25,10 @@ from jaxpost.objectives.dpo_losses import (
     ld_weights,
     pair_loss,
     sorted_partners,
-    wpo_weight,
 )
 from jaxpost.objectives.logps import TokenScores, next_tokens, score_batch
 from jaxpost.objectives.pair_metrics import chosen_tokens, pair_metrics
-from jaxpost.objectives.sequences import exists, pairs_of, per_example, per_token, token_share
+from jaxpost.objectives.sequences import exists, mean_per_example, pairs_of, per_example, per_token, token_share
 from jaxpost.options import one_of, option
 
 LOSS_TYPES = (*PAIR_LOSSES, "aot", "aot_unpaired", "sft")
@@ -99,8 +98,10 @@ class DPO(RouterLoss):
         for kind, weight in zip(self.loss_type, weights, strict=True):
             losses += weight * self._pair_loss(kind, pair, scores, batch)
         if self.use_weighting:
-            of_examples = wpo_weight(scores.logps, scores.collision, mask, lambda values: per_example(values, batch))
-            chosen, rejected = pairs_of(lax.stop_gradient(of_examples))
+            # Zhou et al., 2024, "WPO", arXiv:2406.11827, equation 2: how probable a completion's tokens are beside what
+            # the policy samples, in the geometric mean.
+            aligned = mean_per_example(scores.logps - scores.collision, mask, batch)
+            chosen, rejected = pairs_of(lax.stop_gradient(jnp.exp(aligned)))
             losses = losses * chosen * rejected
         loss, routing = self.with_balance(masked_mean(losses, present), balance)
         logratios = logps - batch["ref_logps"]

@@ -56,6 +56,11 @@ class Terms(NamedTuple):
     tau: float
 
 
+def smoothed_logistic(x: Float[Array, "*pairs"], share: float) -> Float[Array, "*pairs"]:
+    """-log S(x) where a share of the pairs are taken to be the wrong way round; Mitchell, 2023, conservative DPO."""
+    return -(1 - share) * log_sigmoid(x) - share * log_sigmoid(-x)
+
+
 def _alpha_score(x: Array, alpha: float) -> Array:
     if alpha == 1:
         return x
@@ -165,8 +170,7 @@ def aot_loss(
     values: Float[Array, "*pairs"], partners: Float[Array, "*pairs"], *, beta: float, label_smoothing: float
 ) -> Float[Array, "*pairs"]:
     """The smoothed logistic loss of values less their partners."""
-    x = beta * (values - partners)
-    return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
+    return smoothed_logistic(beta * (values - partners), label_smoothing)
 
 
 def aot_unpaired_loss(
@@ -199,23 +203,3 @@ def ld_weights(
         alpha: from 0 to 1.
     """
     return jnp.where(index < shared_length, 1.0, alpha)
-
-
-def wpo_weight(
-    logps: Float[Array, "*tokens"],
-    collision: Float[Array, "*tokens"],
-    mask: Bool[Array, "*tokens"],
-    total: Callable[[Array], Array],
-) -> Array:
-    """Weight of each completion: how probable its tokens are beside what the policy samples, in the geometric mean.
-
-    Zhou et al., 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", arXiv:2406.11827, equation 2.
-
-    Args:
-        logps: of the tokens.
-        collision: log of the sum of the squared probabilities of the vocabulary.
-        mask: tokens of completions.
-        total: sums over the tokens of each completion.
-    """
-    aligned = total(jnp.where(mask, logps - collision, 0.0))
-    return jnp.exp(aligned / jnp.maximum(total(mask.astype(aligned.dtype)), 1))

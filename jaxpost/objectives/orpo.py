@@ -19,7 +19,7 @@ from jaxpost.objectives.base import Batch, Model, RouterLoss
 from jaxpost.objectives.logps import next_tokens, score_tokens
 from jaxpost.objectives.orpo_losses import log_odds_ratio
 from jaxpost.objectives.pair_metrics import chosen_tokens, pair_metrics
-from jaxpost.objectives.sequences import exists, pairs_of, per_example, token_share
+from jaxpost.objectives.sequences import exists, mean_per_example, pairs_of, per_example, token_share
 from jaxpost.options import option
 
 
@@ -45,8 +45,7 @@ class ORPO(RouterLoss):
         read = every_token(batch) & chosen_tokens(batch)
         h, balance = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
         scores = score_tokens(model, h, targets, mask | read, details=True)
-        lengths = jnp.maximum(per_example(mask.astype(jnp.float32), batch), 1)
-        logps = per_example(jnp.where(mask, scores.logps, 0), batch) / lengths
+        logps = mean_per_example(scores.logps, mask, batch)
         present = pairs_of(exists(batch))[0]
         log_odds = log_odds_ratio(*pairs_of(logps))
         ratios = jax.nn.log_sigmoid(log_odds)

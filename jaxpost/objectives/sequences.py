@@ -23,6 +23,12 @@ def per_example(values: Float[Array, "B T"], batch: Batch) -> Float[Array, "B S"
     return jnp.sum(jnp.where(members, values[:, :, None], 0.0), axis=1)
 
 
+def mean_per_example(values: Float[Array, "B T"], mask: Bool[Array, "B T"], batch: Batch) -> Float[Array, "B S"]:
+    """Means over the tokens of each example where `mask` is True; 0 where there are none."""
+    counts = jnp.maximum(per_example(mask.astype(jnp.float32), batch), 1)
+    return per_example(jnp.where(mask, values, 0.0), batch) / counts
+
+
 def per_token(values: Float[Array, "B S"], batch: Batch) -> Float[Array, "B T"]:
     """Each example's value at each of its tokens; 0 in the padding."""
     members = membership(batch["segments"], values.shape[1])

@@ -45,12 +45,10 @@ class Reference(NamedTuple):
 
 
 def follow(config: ReferenceConfig) -> Callable[[TrainState], Any]:
-    """What the reference's arrays are after a step that has led to a state.
+    """What the arrays of a reference that follows are after a step that has led to a state.
 
     Gorbatovski et al., 2024, "Learn Your Reference Model for Real Good Alignment", arXiv:2404.09656, equation 5.
     """
-    if not config.sync_ref_model:
-        return lambda state: state.reference
     share = config.ref_model_mixup_alpha
 
     def sync(state: TrainState) -> Any:

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from jaxpost import DPOConfig, DPOTrainer, from_pretrained, save_pretrained
 from jaxpost.cli import main
 from tests.conftest import make_model, make_tokenizer
+from tests.e2e.test_lora import assert_same
 
 ADAPTER = "--use_peft --lora_r 4 --lora_target_modules all-linear"
 LOG_2 = float(np.log(2))
@@ -40,12 +41,6 @@ def logged(output_dir, name="loss"):
 
 def weights(folder, name="model.safetensors"):
     return load_file(folder / name)
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")

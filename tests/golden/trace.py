@@ -6,9 +6,7 @@ import optax
 from flax import nnx
 
 from jaxpost.models.config import Compute
-from jaxpost.models.families import read_config
 from jaxpost.models.hf import place
-from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.cpo import CPO
 from jaxpost.objectives.dpo import DPO
 from jaxpost.objectives.kto import KTO
@@ -19,7 +17,7 @@ from jaxpost.sharding import make_mesh, put
 from jaxpost.train.reference import Reference
 from jaxpost.train.state import create_state
 from jaxpost.train.step import make_annotate, make_step
-from tests.conftest import TINY_LLAMA, make_batch
+from tests.conftest import make_batch, make_model
 
 OBJECTIVES = {
     "sft": SFT(),
@@ -35,7 +33,7 @@ OBJECTIVES = {
 
 def filled(seed, head="lm"):
     """A model whose weights come from numpy."""
-    model, rng = Decoder(read_config(TINY_LLAMA, "tiny"), head=head, rngs=nnx.Rngs(0)), np.random.default_rng(seed)
+    model, rng = make_model(head=head), np.random.default_rng(seed)
     weights = nnx.to_pure_dict(nnx.state(model))
     nnx.update(
         model,

@@ -13,8 +13,6 @@ from jaxpost.data.packing import units
 from jaxpost.data.store import stored
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Least, Mean, over_parts
-from jaxpost.models.families import read_config
-from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.cpo import CPO
 from jaxpost.objectives.dpo import DPO
 from jaxpost.objectives.dpo_losses import PAIR_LOSSES
@@ -22,7 +20,7 @@ from jaxpost.objectives.kto import KTO
 from jaxpost.objectives.orpo import ORPO
 from jaxpost.objectives.reward import Reward
 from jaxpost.train.step import InParts, split_batch
-from tests.conftest import TINY_LLAMA, make_model, make_tokenizer
+from tests.conftest import make_model, make_noisy_model, make_tokenizer
 
 PAIRS = [
     {
@@ -49,11 +47,7 @@ every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
 def noisy(seed, head="lm"):
-    config, rng = read_config({**TINY_LLAMA, "num_hidden_layers": 1}, "tiny"), np.random.default_rng(seed)
-    model = Decoder(config, head=head, rngs=nnx.Rngs(0))
-    weights = nnx.to_pure_dict(nnx.state(model))
-    nnx.update(model, jax.tree.map(lambda x: x + 0.03 * rng.normal(size=x.shape).astype(np.float32), weights))
-    return model
+    return make_noisy_model(seed, head=head, num_hidden_layers=1)
 
 
 def batch_of(name, num_rows, order=None, multiple=8):

@@ -3,16 +3,12 @@
 import json
 from unittest.mock import patch
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxpost import save_pretrained
 from jaxpost.cli import main
-from jaxpost.models.families import read_config
-from jaxpost.models.transformer import Decoder
-from tests.conftest import TINY_LLAMA, make_tokenizer
+from tests.conftest import make_noisy_model, make_tokenizer
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.parity
@@ -50,15 +46,8 @@ JUDGED = [
 ]
 
 
-def write_model(folder, seed, head="lm"):
-    """A model with larger weights than new ones, for log-ratios that are not all but 0."""
-    model, rng = Decoder(read_config(TINY_LLAMA, "tiny"), head=head, rngs=nnx.Rngs(0)), np.random.default_rng(seed)
-
-    def noisy(weight):
-        return (weight + 0.05 * (weight.ndim > 1) * rng.normal(size=weight.shape)).astype(weight.dtype)
-
-    nnx.update(model, jax.tree.map(noisy, nnx.to_pure_dict(nnx.state(model))))
-    save_pretrained(model, make_tokenizer(), folder, generation_config={"eos_token_id": 1})
+def write_model(folder, seed, **changes):
+    save_pretrained(make_noisy_model(seed, **changes), make_tokenizer(), folder, generation_config={"eos_token_id": 1})
     return folder
 
 

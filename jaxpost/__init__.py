@@ -4,13 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxpost.methods import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig, SFTConfig, SimPOConfig
+    from jaxpost.methods import (
+        BCOConfig,
+        CPOConfig,
+        DPOConfig,
+        KTOConfig,
+        ORPOConfig,
+        RewardConfig,
+        SFTConfig,
+        SimPOConfig,
+    )
     from jaxpost.models.adapters import attach, merge_adapter, set_adapter, without_adapters
     from jaxpost.models.export import save_pretrained
     from jaxpost.models.lora_config import LoraConfig
     from jaxpost.models.peft import load_adapter, save_adapter
     from jaxpost.models.pretrained import from_pretrained
-    from jaxpost.trainers import CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer, RewardTrainer, SFTTrainer
+    from jaxpost.trainers import BCOTrainer, CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer, RewardTrainer, SFTTrainer
 
 # Public name -> module; imported on first use, so that `import jaxpost` costs nothing.
 _PUBLIC = {
@@ -20,12 +29,16 @@ _PUBLIC = {
     **dict.fromkeys(["load_adapter", "save_adapter"], "jaxpost.models.peft"),
     "LoraConfig": "jaxpost.models.lora_config",
     **dict.fromkeys(
-        [f"{name}Config" for name in ("CPO", "DPO", "KTO", "ORPO", "Reward", "SFT", "SimPO")], "jaxpost.methods"
+        [f"{name}Config" for name in ("BCO", "CPO", "DPO", "KTO", "ORPO", "Reward", "SFT", "SimPO")], "jaxpost.methods"
     ),
-    **dict.fromkeys([f"{name}Trainer" for name in ("CPO", "DPO", "KTO", "ORPO", "Reward", "SFT")], "jaxpost.trainers"),
+    **dict.fromkeys(
+        [f"{name}Trainer" for name in ("BCO", "CPO", "DPO", "KTO", "ORPO", "Reward", "SFT")], "jaxpost.trainers"
+    ),
 }
 
 __all__ = [
+    "BCOConfig",
+    "BCOTrainer",
     "CPOConfig",
     "CPOTrainer",
     "DPOConfig",

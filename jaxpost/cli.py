@@ -22,6 +22,7 @@ USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
   cpo        contrastive preference optimisation
   simpo      simple preference optimisation
   kto        Kahneman-Tversky optimisation, of completions that are judged one by one
+  bco        binary classifier optimisation, likewise
   reward     a reward model
   generate   complete prompts with a model
   export     write a run's model, or an adapter merged into its base, as a Hugging Face folder

@@ -21,6 +21,7 @@ from jaxpost.models.config import ModelConfig
 from jaxpost.models.hf import ModelArguments
 from jaxpost.models.lora_config import LoRAArguments
 from jaxpost.models.quant import QuantConfig
+from jaxpost.objectives.bco import BCO
 from jaxpost.objectives.cpo import CPO
 from jaxpost.objectives.cpo_losses import CPO_LOSSES
 from jaxpost.objectives.dpo import DPO
@@ -88,6 +89,13 @@ class KTOConfig(CompletionsConfig, ReferenceConfig, KTO):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BCOConfig(CompletionsConfig, ReferenceConfig, BCO):
+    """Binary classifier optimisation; names and defaults are TRL's."""
+
+    learning_rate: float = option(5e-7, "Peak learning rate.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ORPOConfig(CompletionsConfig, ORPO):
     """Odds-ratio preference optimisation; names and defaults are TRL's."""
 
@@ -150,6 +158,7 @@ METHODS: dict[str, Method] = {
         Method("cpo", CPOConfig, CPO, encode_compared, COMPARED),
         Method("simpo", SimPOConfig, CPO, encode_compared, COMPARED),
         Method("kto", KTOConfig, KTO, encode_unpaired, JUDGED),
+        Method("bco", BCOConfig, BCO, encode_unpaired, JUDGED),
         Method("reward", RewardConfig, Reward, encode_compared, COMPARED, head="reward"),
     )
 }

@@ -113,7 +113,7 @@ class Trainer:
         schedule = make_schedule(args, total)
         optimizer = make_optimizer(args, schedule, decay_mask)
         with jax.set_mesh(self.mesh):
-            graphdef, state = create_state(self.model, optimizer, self.trainable, self.mesh)
+            graphdef, state = create_state(self.model, optimizer, self.trainable, self.mesh, self.objective.remembers)
             moving = self.reference if self.reference is not None and args.sync_ref_model else None
             if moving is not None:
                 state = dataclasses.replace(state, reference=moving.arrays)

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxpost.methods import (
     METHODS,
+    BCOConfig,
     CPOConfig,
     DPOConfig,
     KTOConfig,
@@ -60,6 +61,19 @@ def KTOTrainer(
 ) -> Trainer:
     """Kahneman-Tversky optimisation with TRL's argument names; see `Trainer`."""
     return _trainer("kto", model, args, train_dataset, eval_dataset, processing_class, peft_config, ref_model)
+
+
+def BCOTrainer(
+    model: Name = None,
+    ref_model: Name = None,
+    args: BCOConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    peft_config: Adapter = None,
+) -> Trainer:
+    """Binary classifier optimisation with TRL's argument names; see `Trainer`."""
+    return _trainer("bco", model, args, train_dataset, eval_dataset, processing_class, peft_config, ref_model)
 
 
 def ORPOTrainer(

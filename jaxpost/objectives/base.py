@@ -6,11 +6,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float, Int
 
+from jaxpost.errors import ConfigError
 from jaxpost.metrics import Mean, Metric
 from jaxpost.options import option
 
@@ -32,7 +33,13 @@ class Model(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A method: a frozen dataclass whose fields are its hyperparameters."""
+    """A method: a frozen dataclass whose fields are its hyperparameters.
+
+    Attributes:
+        remembers: columns [B] that `annotate` is given as it left them at the step before, 0 at first; all rows alike.
+    """
+
+    remembers: ClassVar[tuple[str, ...]]
 
     @property
     def needs_reference(self) -> bool:
@@ -47,10 +54,16 @@ class Objective(Protocol):
         """The loss and the metrics of a micro-batch; sums, so that micro-batches and devices add up exactly."""
         ...
 
+    def rewards(self, model: Model, batch: Batch) -> Float[Array, "B S"]:
+        """How good the model finds each example of an annotated batch; no gradient is kept."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
-class RouterLoss:
-    """The auxiliary loss that keeps the experts of a mixture evenly used, for any objective."""
+class ObjectiveBase:
+    """What objectives share: the auxiliary loss that keeps the experts of a mixture evenly used."""
+
+    remembers: ClassVar[tuple[str, ...]] = ()
 
     router_aux_loss_coef: float | None = option(
         None, "Coefficient of the load-balancing loss of mixtures of experts; by default the model's own, 0 for none."
@@ -66,3 +79,11 @@ class RouterLoss:
             return loss, {}
         added = self.router_aux_loss_coef * balance * loss.count
         return Mean(loss.total + added, loss.count), {"aux_loss": Mean(balance * loss.count, loss.count)}
+
+    def rewards(self, model: Model, batch: Batch) -> Float[Array, "B S"]:
+        """See Objective; most methods say how good an example is, those that do not refuse.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{type(self).__name__} gives examples no rewards, so there is nothing to compute metrics of")

@@ -12,11 +12,14 @@ Simple Preference Optimization with a Reference-Free Reward", arXiv:2405.14734, 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Mean, Metric, masked_mean
-from jaxpost.objectives.base import Batch, Model, RouterLoss
+from jaxpost.objectives.base import Batch, Model, ObjectiveBase
 from jaxpost.objectives.cpo_losses import CPO_LOSSES, alpha_reward, cpo_loss
-from jaxpost.objectives.logps import next_tokens, score_batch
+from jaxpost.objectives.logps import TokenScores, next_tokens, score_batch
 from jaxpost.objectives.pair_metrics import chosen_tokens, pair_metrics
 from jaxpost.objectives.sequences import exists, mean_per_example, pairs_of, per_example, token_share
 from jaxpost.options import one_of, option
@@ -25,7 +28,7 @@ BY_MEAN = ("ipo", "simpo")  # loss types of the mean log-probability of a comple
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPO(RouterLoss):
+class CPO(ObjectiveBase):
     """The objective; rows are pairs of examples."""
 
     beta: float = option(0.1, "Scale of the log-probabilities.")
@@ -56,7 +59,7 @@ class CPO(RouterLoss):
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, Mapping[str, Metric]]:
         scores, mask, balance = score_batch(model, batch, details=True)
         sums, present = per_example(scores.logps, batch), pairs_of(exists(batch))[0]
-        logps = mean_per_example(scores.logps, mask, batch) if self.loss_type in BY_MEAN else sums
+        logps = self._of_completions(scores, mask, batch)
         rewards = alpha_reward(logps, self.alpha)
         losses = cpo_loss(
             self.loss_type,
@@ -72,3 +75,13 @@ class CPO(RouterLoss):
         if self.cpo_alpha:
             metrics["nll_loss"] = masked_mean(-scores.logps, mask & chosen_tokens(batch))
         return loss, metrics
+
+    def rewards(self, model: Model, batch: Batch) -> Float[Array, "B S"]:
+        scores, mask, _ = score_batch(model, batch)
+        return self.beta * alpha_reward(lax.stop_gradient(self._of_completions(scores, mask, batch)), self.alpha)
+
+    def _of_completions(self, scores: TokenScores, mask: Bool[Array, "B T"], batch: Batch) -> Float[Array, "B S"]:
+        """Log-probabilities as the loss takes them: of the completion, or the mean over its tokens."""
+        if self.loss_type in BY_MEAN:
+            return mean_per_example(scores.logps, mask, batch)
+        return per_example(scores.logps, batch)

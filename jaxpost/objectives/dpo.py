@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Mean, Metric, masked_mean
-from jaxpost.objectives.base import Batch, Model, RouterLoss
+from jaxpost.objectives.base import Batch, Model, ObjectiveBase
 from jaxpost.objectives.dpo_losses import (
     F_DIVERGENCES,
     PAIR_LOSSES,
@@ -35,7 +35,7 @@ LOSS_TYPES = (*PAIR_LOSSES, "aot", "aot_unpaired", "sft")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPO(RouterLoss):
+class DPO(ObjectiveBase):
     """The objective; rows are pairs of examples, `ref_logps` [B, S] what the reference says of each."""
 
     beta: float = option(0.1, "How close the policy stays to the reference; more is closer.")
@@ -106,6 +106,9 @@ class DPO(RouterLoss):
         loss, routing = self.with_balance(masked_mean(losses, present), balance)
         logratios = logps - batch["ref_logps"]
         return loss, pair_metrics(self.beta * logratios, logps, scores, mask, batch) | routing
+
+    def rewards(self, model: Model, batch: Batch) -> Float[Array, "B S"]:
+        return self.beta * (self.sequence_logps(model, batch) - batch["ref_logps"])
 
     def sequence_logps(self, model: Model, batch: Batch) -> Float[Array, "B S"]:
         """Log-probability of each completion, less what `ld_alpha` takes off; no gradient is kept."""

@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array
+from jaxtyping import Float
 
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Mean, Metric, masked_mean
-from jaxpost.objectives.base import Batch, Model, RouterLoss
+from jaxpost.objectives.base import Batch, Model, ObjectiveBase
+from jaxpost.objectives.judged_metrics import judged_metrics, margin_share
 from jaxpost.objectives.kto_losses import apo_zero_unpaired, kl_estimate, kto_loss
 from jaxpost.objectives.logps import score_batch
-from jaxpost.objectives.sequences import exists, per_example, per_token, sequence_logps
+from jaxpost.objectives.sequences import exists, per_example, sequence_logps
 from jaxpost.options import one_of, option
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
@@ -26,7 +28,7 @@ MISMATCHED = "mismatched_"
 
 
 @dataclass(frozen=True, kw_only=True)
-class KTO(RouterLoss):
+class KTO(ObjectiveBase):
     """The objective; `label` [B, S] is 1 for desirable examples, `mismatched_*` are other rows of as many examples."""
 
     beta: float = option(0.1, "How close the policy stays to the reference; more is closer.")
@@ -61,19 +63,11 @@ class KTO(RouterLoss):
         if "ref_logps" not in batch:
             assert reference is not None
             batch = {**batch, "ref_logps": sequence_logps(reference, batch)}
-        # The margin is a difference of two means: each example counts as much as all are to those of its label.
-        desirable = present & (batch["label"] > 0)
-        counts = jnp.sum(desirable), jnp.sum(present & ~desirable)
-        shares = [jnp.sum(present) / jnp.maximum(count, 1) for count in counts]
-        return {
-            **batch,
-            "kl": jnp.broadcast_to(kl, present.shape),
-            "margin_share": jnp.where(desirable, shares[0], -shares[1]) * (counts[0] > 0) * (counts[1] > 0),
-        }
+        return {**batch, "kl": jnp.broadcast_to(kl, present.shape), "margin_share": margin_share(batch)}
 
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, Mapping[str, Metric]]:
         scores, mask, balance = score_batch(model, batch, details=True)
-        logps, present, desirable = per_example(scores.logps, batch), exists(batch), batch["label"] > 0
+        logps, present = per_example(scores.logps, batch), exists(batch)
         logratios = logps - batch["ref_logps"]
         options = {
             "beta": self.beta,
@@ -85,17 +79,8 @@ class KTO(RouterLoss):
         else:
             losses = apo_zero_unpaired(logratios, batch["label"], **options)
         loss, routing = self.with_balance(masked_mean(losses, present), balance)
-        rewards, logps = lax.stop_gradient((self.beta * logratios, logps))
-        of_desirable = per_token(batch["label"], batch) > 0
-        chosen, rejected = present & desirable, present & ~desirable
-        return loss, {
-            "kl": masked_mean(batch["kl"], present),
-            "rewards/chosen": masked_mean(rewards, chosen),
-            "rewards/rejected": masked_mean(rewards, rejected),
-            "rewards/margins": masked_mean(rewards * batch["margin_share"], present),
-            "logps/chosen": masked_mean(logps, chosen),
-            "logps/rejected": masked_mean(logps, rejected),
-            "logits/chosen": masked_mean(scores.mean_logit, mask & of_desirable),
-            "logits/rejected": masked_mean(scores.mean_logit, mask & ~of_desirable),
-            "entropy": masked_mean(scores.entropy, mask),
-        } | routing
+        metrics = judged_metrics(self.beta * logratios, logps, scores, mask, batch) | routing
+        return loss, {"kl": masked_mean(batch["kl"], present), **metrics}
+
+    def rewards(self, model: Model, batch: Batch) -> Float[Array, "B S"]:
+        return self.beta * (sequence_logps(model, batch) - batch["ref_logps"])

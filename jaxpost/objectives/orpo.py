@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
 
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Mean, Metric, masked_mean
-from jaxpost.objectives.base import Batch, Model, RouterLoss
-from jaxpost.objectives.logps import next_tokens, score_tokens
+from jaxpost.objectives.base import Batch, Model, ObjectiveBase
+from jaxpost.objectives.logps import next_tokens, score_batch, score_tokens
 from jaxpost.objectives.orpo_losses import log_odds_ratio
 from jaxpost.objectives.pair_metrics import chosen_tokens, pair_metrics
 from jaxpost.objectives.sequences import exists, mean_per_example, pairs_of, per_example, token_share
@@ -24,7 +26,7 @@ from jaxpost.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class ORPO(RouterLoss):
+class ORPO(ObjectiveBase):
     """The objective; rows are pairs of examples."""
 
     beta: float = option(0.1, "Weight of the odds ratio; the paper's lambda.")
@@ -58,6 +60,10 @@ class ORPO(RouterLoss):
             "log_odds_ratio": masked_mean(ratios, present),
             "log_odds_chosen": masked_mean(log_odds, present),
         } | routing
+
+    def rewards(self, model: Model, batch: Batch) -> Float[Array, "B S"]:
+        scores, mask, _ = score_batch(model, batch)
+        return self.beta * lax.stop_gradient(mean_per_example(scores.logps, mask, batch))
 
 
 def every_token(batch: Batch) -> jax.Array:

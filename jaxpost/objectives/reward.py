@@ -12,18 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float
 
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Mean, Metric, greatest, least, masked_mean
-from jaxpost.objectives.base import Batch, Model, RouterLoss
+from jaxpost.objectives.base import Batch, Model, ObjectiveBase
 from jaxpost.objectives.reward_losses import bradley_terry, centring
 from jaxpost.objectives.sequences import exists, pairs_of, rewards_of
 from jaxpost.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reward(RouterLoss):
+class Reward(ObjectiveBase):
     """The objective; rows are pairs of examples, `margin` [B, S] stands at the chosen one."""
 
     center_rewards_coefficient: float | None = option(
@@ -41,6 +42,9 @@ class Reward(RouterLoss):
 
     def annotate(self, policy: Model, reference: Model | None, batch: Batch) -> Batch:
         return batch
+
+    def rewards(self, model: Model, batch: Batch) -> Float[Array, "B S"]:
+        return lax.stop_gradient(rewards_of(model, batch)[0])
 
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, Mapping[str, Metric]]:
         rewards, balance = rewards_of(model, batch)

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jaxpost.metrics import Mean, masked_mean
-from jaxpost.objectives.base import Batch, Model, RouterLoss
+from jaxpost.objectives.base import Batch, Model, ObjectiveBase
 from jaxpost.objectives.logps import score_batch
 from jaxpost.options import one_of, option
 
@@ -29,7 +29,7 @@ def token_losses(logps: Float[Array, "B T"], loss_type: str) -> Float[Array, "B 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFT(RouterLoss):
+class SFT(ObjectiveBase):
     """The objective; rows are `tokens, positions, segments, loss_mask`."""
 
     loss_type: str = option("nll", "Loss of a token: nll, or dft (weighted by its own probability).")

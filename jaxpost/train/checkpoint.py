@@ -134,8 +134,9 @@ class Checkpoints:
 
 
 def _saved(state: TrainState) -> dict[str, Any]:
-    moving = {} if state.reference is None else {"reference": state.reference}
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, **moving}
+    others = {"reference": state.reference, "memory": state.memory}
+    kept = {name: value for name, value in others.items() if value}
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, **kept}
 
 
 def _arrays(state: TrainState) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """`TrainState`: the only thing that goes round."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ class TrainState:
         frozen: the model's other arrays; passed through untouched.
         opt_state: Optax's state for `params`.
         reference: arrays of the model that the policy is compared with, where they change.
+        memory: what the objective remembers, float32 scalars by name.
     """
 
     step: Int[Array, ""]
@@ -35,6 +37,7 @@ class TrainState:
     frozen: Any
     opt_state: Any
     reference: Any = None
+    memory: dict[str, Array] = field(default_factory=dict)
 
 
 def decay_mask(params: Any) -> Any:
@@ -43,7 +46,11 @@ def decay_mask(params: Any) -> Any:
 
 
 def create_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation, trainable: Any, mesh: Mesh
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    trainable: Any,
+    mesh: Mesh,
+    remembers: Iterable[str] = (),
 ) -> tuple[Any, TrainState]:
     """Split a model once, for good.
 
@@ -52,6 +59,7 @@ def create_state(
         optimizer: initialised here; its state is laid out like the parameters.
         trainable: an nnx filter, e.g. `nnx.Param`: which Variables get gradients.
         mesh: where the optimizer state goes.
+        remembers: that of the objective.
 
     Returns:
         (graphdef, state); `merge(graphdef, state.params, state.frozen)` is the model.
@@ -60,8 +68,9 @@ def create_state(
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
     layout = shardings(jax.eval_shape(optimizer.init, params), mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), shardings(jnp.zeros(()), mesh))
-    return graphdef, TrainState(step, params, frozen, opt_state)
+    numbers = {"step": jnp.zeros((), jnp.int32), **{name: jnp.zeros(()) for name in remembers}}
+    numbers = jax.device_put(numbers, shardings(numbers, mesh))
+    return graphdef, TrainState(numbers.pop("step"), params, frozen, opt_state, memory=numbers)
 
 
 def merge(graphdef: Any, params: Any, frozen: Any) -> Any:

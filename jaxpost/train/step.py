@@ -83,6 +83,7 @@ def make_step(
             frozen=state.frozen,
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             reference=state.reference,
+            memory={name: keep(batch[name][0], old) for name, old in state.memory.items()},
         )
         new_state = dataclasses.replace(new_state, reference=follow(new_state))
         latest = {"grad_norm": norm, "learning_rate": jnp.asarray(schedule(updates_done(state)), jnp.float32)}
@@ -142,6 +143,7 @@ def make_annotate(
     reference: Reference | None = None,
     *,
     num_parts: int = 1,
+    learns: bool = True,
 ) -> Callable[[TrainState, Batch], Batch]:
     """Compile-ready annotation of a whole batch with the columns that need no gradient.
 
@@ -150,18 +152,21 @@ def make_annotate(
         graphdef: of the model, from `create_state`.
         reference: None where the method needs none. Where it changes, its arrays are those of the state.
         num_parts: the rows of a batch are read in so many parts.
+        learns: whether what the objective remembers takes in the batch.
     """
 
-    def annotate(params: Any, frozen: Any, arrays: Any, batch: Batch) -> Batch:
+    def annotate(params: Any, frozen: Any, arrays: Any, memory: dict[str, Array], batch: Batch) -> Batch:
         policy = merge(graphdef, params, frozen)
         compared = None if reference is None else InParts(reference.build(policy, arrays), num_parts)
-        return objective.annotate(InParts(policy, num_parts), compared, batch)
+        remembered = {name: jnp.full(len(batch["tokens"]), value) for name, value in memory.items()}
+        annotated = objective.annotate(InParts(policy, num_parts), compared, batch | remembered)
+        return annotated if learns else annotated | remembered
 
     compiled, fixed = jax.jit(annotate), None if reference is None else reference.arrays
 
     def annotated(state: TrainState, batch: Batch) -> Batch:
         arrays = fixed if state.reference is None else state.reference
-        return compiled(state.params, state.frozen, arrays, batch)
+        return compiled(state.params, state.frozen, arrays, state.memory, batch)
 
     return annotated
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from jaxpost.models.config import Compute
 from jaxpost.models.hf import place
+from jaxpost.objectives.bco import BCO
 from jaxpost.objectives.cpo import CPO
 from jaxpost.objectives.dpo import DPO
 from jaxpost.objectives.kto import KTO
@@ -27,6 +28,7 @@ OBJECTIVES = {
     "cpo": CPO(),
     "simpo": CPO(loss_type="simpo", cpo_alpha=0.0),
     "kto": KTO(),
+    "bco": BCO(),
     "reward": Reward(center_rewards_coefficient=0.1),
 }
 
@@ -73,7 +75,7 @@ def trace(name: str) -> dict[str, list[float]]:
     losses, norms = [], []
     with jax.set_mesh(mesh):
         model = place(filled(0, "reward" if name == "reward" else "lm"), Compute(), mesh)
-        graphdef, state = create_state(model, optimizer, nnx.Param, mesh)
+        graphdef, state = create_state(model, optimizer, nnx.Param, mesh, OBJECTIVES[name].remembers)
         other, arrays = nnx.split(place(filled(1), Compute(), mesh))
         reference = Reference(lambda _, own: nnx.merge(other, own), arrays)
         annotate = make_annotate(OBJECTIVES[name], graphdef, reference, num_parts=2)

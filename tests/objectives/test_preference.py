@@ -13,6 +13,7 @@ from jaxpost.data.packing import units
 from jaxpost.data.store import stored
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Least, Mean, over_parts
+from jaxpost.objectives.bco import BCO
 from jaxpost.objectives.cpo import CPO
 from jaxpost.objectives.dpo import DPO
 from jaxpost.objectives.dpo_losses import PAIR_LOSSES
@@ -41,8 +42,10 @@ OBJECTIVES = {
     "orpo": ORPO(),
     "kto": KTO(),
     "apo": KTO(loss_type="apo_zero_unpaired"),
+    "bco": BCO(),
     "reward": Reward(center_rewards_coefficient=0.1),
 }
+JUDGING = (KTO, BCO)
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
@@ -53,7 +56,7 @@ def noisy(seed, head="lm"):
 def batch_of(name, num_rows, order=None, multiple=8):
     """The batch of all pairs in so many rows, or that of the completions one by one."""
     rows = [PAIRS[i] for i in order] if order is not None else PAIRS
-    is_judged = isinstance(OBJECTIVES[name], KTO)
+    is_judged = isinstance(OBJECTIVES[name], JUDGING)
     encode, size, fact = (encode_judged, 1, "label") if is_judged else (encode_pairs, 2, "margin")
     store = stored(flattened(encode(rows, make_tokenizer(), LengthConfig(), vocab_size=320)))
     loader = Loader(
@@ -76,6 +79,7 @@ def computed(name, batch, num_parts=1):
     objective, head = OBJECTIVES[name], "reward" if name == "reward" else "lm"
     reference = InParts(noisy(1), num_parts) if objective.needs_reference else None
     graphdef, state = nnx.split(noisy(2, head))
+    batch = batch | {column: jnp.full(len(batch["tokens"]), 3.0) for column in objective.remembers}
 
     @jax.jit
     def run(state, batch):
@@ -108,7 +112,7 @@ def assert_same(one, other):
 @every_objective
 def test_rows_and_micro_batches_change_nothing(name):
     # Half of the first batch's rows hold nothing.
-    expected = computed(name, batch_of(name, 48 if isinstance(OBJECTIVES[name], KTO) else 24))
+    expected = computed(name, batch_of(name, 48 if isinstance(OBJECTIVES[name], JUDGING) else 24))
     assert all(np.isfinite(value) for value in expected[0].values())
     # Which completions are mismatched goes by the numbers of the rows.
     order = None if name == "kto" else np.random.default_rng(3).permutation(12)
@@ -155,6 +159,7 @@ def test_extremes_are_those_of_all_parts():
         (lambda: KTO(beta=0.0), "beta is 0.0"),
         (lambda: KTO(desirable_weight=0.0), "desirable_weight"),
         (lambda: KTO(loss_type="bco"), "loss_type is 'bco'"),
+        (lambda: BCO(beta=0.0), "beta is 0.0"),
         (lambda: Reward(center_rewards_coefficient=-1.0), "must not be negative"),
     ],
 )

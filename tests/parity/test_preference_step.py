@@ -72,7 +72,7 @@ def our_log(method, folders, rows, output_dir, **changes):
     flags = {"max_length": 256, "max_steps": 1, "per_device_train_batch_size": 2, "pad_to_multiple_of": 512}
     flags |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "tokenized_cache_dir": "", **changes}
     flags |= {"train_sampling_strategy": "sequential", "output_dir": output_dir / "run", "dataset_name": data}
-    if method in ("dpo", "kto"):
+    if method in ("dpo", "kto", "bco"):
         flags["ref_model_name_or_path"] = reference
     words = [method, "--model_name_or_path", str(policy)]
     for name, value in flags.items():

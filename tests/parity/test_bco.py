@@ -1,0 +1,73 @@
+"""The first steps of BCO against TRL 1.10, the last that has it; it is installed beside the newer one for this test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.parity.test_preference_step import JUDGED, our_log, write_model
+
+pytestmark = pytest.mark.parity
+TRL = "trl==1.10.0"
+STEPS = 3
+
+THEIRS = """
+import json, sys
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.experimental.bco import BCOConfig, BCOTrainer
+
+policy, reference, rows, output, settings = sys.argv[1:]
+args = BCOConfig(output_dir=output, logging_steps=1, bf16=False, gradient_checkpointing=False, use_cpu=True,
+                 report_to=[], save_strategy="no", train_sampling_strategy="sequential", **json.loads(settings))
+tokenizer = AutoTokenizer.from_pretrained(policy)
+tokenizer.bos_token = None  # which it puts before the prompt even if the tokenizer does not
+trainer = BCOTrainer(
+    AutoModelForCausalLM.from_pretrained(policy),
+    AutoModelForCausalLM.from_pretrained(reference),
+    args=args,
+    train_dataset=Dataset.from_list(json.loads(rows)),
+    processing_class=tokenizer,
+)
+trainer.train()
+print(json.dumps([row for row in trainer.state.log_history if "loss" in row]))
+"""
+
+
+@pytest.fixture(scope="module")
+def older_trl(tmp_path_factory):
+    """A folder with the older TRL alone; its dependencies are those that are installed."""
+    folder = tmp_path_factory.mktemp("trl")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*pip, "--target", str(folder), TRL], check=True)
+    return folder
+
+
+def trl_log(trl, policy, reference, rows, output_dir, **settings):
+    words = [str(policy), str(reference), json.dumps(rows), str(output_dir), json.dumps(settings)]
+    path = os.pathsep.join(map(str, [trl, Path(__file__).parents[2]]))
+    environment = {**os.environ, "PYTHONPATH": path, "TRL_EXPERIMENTAL_SILENCE": "1"}
+    done = subprocess.run([sys.executable, "-c", THEIRS, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_first_steps_equal_trl(older_trl, tmp_path):
+    folders = write_model(tmp_path / "policy", 0), write_model(tmp_path / "reference", 1)
+    rows = [
+        {"prompt": row["prompt"][0]["content"], "completion": row["completion"][0]["content"], "label": row["label"]}
+        for row in JUDGED
+    ]
+    shared = {"max_steps": STEPS, "max_length": 256, "learning_rate": 1e-3, "beta": 0.2}
+    ours = our_log("bco", folders, rows, tmp_path / "ours", per_device_train_batch_size=1, **shared)
+    theirs = trl_log(older_trl, *folders, rows, tmp_path / "theirs", per_device_train_batch_size=8, **shared)
+    assert len(ours) == len(theirs) == STEPS
+    names = ["loss", "delta", *(f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected"))]
+    for step, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        for name in [*names, "rewards/margins", "grad_norm"]:
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-6, err_msg=f"{name} of step {step}")
+    assert len({row["delta"] for row in ours}) == STEPS

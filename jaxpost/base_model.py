@@ -6,14 +6,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxpost.data.tokenizer import embedding_rows, num_ids, prepare_tokenizer, special_ids
 from jaxpost.errors import ConfigError
-from jaxpost.models.adapters import active_config, attach, reference_view
+from jaxpost.models.adapters import active_config, attach
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.families import read_config
 from jaxpost.models.hf import place
@@ -21,7 +18,6 @@ from jaxpost.models.lora_config import LoraConfig
 from jaxpost.models.pretrained import open_source
 from jaxpost.models.resize import resize_embeddings
 from jaxpost.models.transformer import Decoder
-from jaxpost.train.reference import Reference
 
 
 class BaseModel(NamedTuple):
@@ -105,42 +101,6 @@ def open_base(
         return grown if lora is None else attach(grown, lora, seed=args.seed)
 
     return BaseModel(name, base, config, tokenizer, vocab_size, {**generation_config, **special}, notes, loaded)
-
-
-def load_reference(
-    policy: Decoder, reference: str | os.PathLike[str] | Decoder | None, args: Any, mesh: Mesh
-) -> Reference:
-    """The model that a policy is compared with.
-
-    An adapter is compared with its base, or with what it was when the run began, on the same arrays; a model that is
-    trained as a whole with a copy of itself.
-
-    Args:
-        policy: loaded.
-        reference: a model of its own, or its name; None for what the policy starts from.
-        args: the run's config.
-        mesh: where its weights go.
-
-    Raises:
-        ConfigError: it cannot be loaded, or has another vocabulary.
-    """
-    if reference is None and active_config(policy) is not None:
-        return Reference(lambda model, _: reference_view(model))
-    if reference is None:
-        graphdef, state = nnx.split(policy)
-        arrays = jax.tree.map(jnp.copy, nnx.to_pure_dict(state))
-    else:
-        if not isinstance(reference, Decoder):
-            options = {"dtype": args.dtype, "compute": args.compute(), "mesh": mesh}
-            reference = open_source(reference).load(allow_nonfinite=args.allow_nonfinite_weights, **options)
-        else:
-            place(reference, args.compute(), mesh)
-        sizes = reference.config.vocab_size, policy.config.vocab_size
-        if sizes[0] != sizes[1]:
-            raise ConfigError(f"the reference has {sizes[0]} embedding rows, the policy {sizes[1]}; they must agree")
-        graphdef, state = nnx.split(reference)
-        arrays = nnx.to_pure_dict(state)
-    return Reference(lambda _, own: nnx.merge(graphdef, own), arrays)
 
 
 def _grown(tokenizer: Any, rows: int, lora: LoraConfig | None) -> tuple[int, list[str]]:

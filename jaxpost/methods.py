@@ -61,6 +61,17 @@ class TrainConfig(
 
     def __post_init__(self) -> None:
         check_parts(self)
+        if self.load_best_model_at_end and not self._evaluates_what_it_saves():
+            rhythm = f"eval_strategy is {self.eval_strategy}, save_strategy {self.save_strategy}"
+            raise ConfigError(
+                f"load_best_model_at_end chooses among checkpoints that were evaluated, but {rhythm}; give both the "
+                "same, and a save_steps that is a multiple of eval_steps"
+            )
+
+    def _evaluates_what_it_saves(self) -> bool:
+        if self.eval_strategy != "steps":
+            return self.eval_strategy == self.save_strategy == "epoch"
+        return self.save_strategy == "steps" and self.save_steps % (self.eval_steps or self.logging_steps) == 0
 
 
 @dataclass(frozen=True, kw_only=True)

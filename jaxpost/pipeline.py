@@ -95,8 +95,11 @@ class Pipeline(NamedTuple):
 
     def eval_loader(self, rows: Rows) -> Loader:
         """Batches that cover the rows once, in order."""
-        encoded = self.encode(rows, training=False)
-        size = self.args.per_device_eval_batch_size * self.groups
+        return self.once(self.encode(rows, training=False), self.args.per_device_eval_batch_size)
+
+    def once(self, encoded: Encoded, rows_per_group: int) -> Loader:
+        """Batches that cover packs once, in order."""
+        size = rows_per_group * self.groups
         steps = math.ceil(len(encoded.packs) / size)
         return self._loader(encoded, size, shared_rows=self.groups, num_steps=steps, seed=0, sampling="sequential")
 

@@ -15,27 +15,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpost.base_model import load_reference, open_base
+from jaxpost.base_model import open_base
 from jaxpost.data.loader import Loader
 from jaxpost.data.rows import as_rows
+from jaxpost.encode import Encoded
 from jaxpost.errors import ConfigError
 from jaxpost.methods import CompletionsConfig, Method, changed_fields, config_yaml, with_router_coef
-from jaxpost.models.adapters import active_config, keep_reference
+from jaxpost.models.adapters import active_config
 from jaxpost.models.export import save_pretrained
 from jaxpost.models.lora import trainable_filter, with_dropout
 from jaxpost.models.lora_config import LoraConfig, PeftConfig, as_lora_config
 from jaxpost.models.peft import save_adapter
 from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Batch, Objective
-from jaxpost.options import part_of
+from jaxpost.options import one_of, part_of
 from jaxpost.pipeline import Pipeline
+from jaxpost.ref_model import load_reference
 from jaxpost.sharding import batch_groups, make_mesh, put
 from jaxpost.train.checkpoint import Checkpoints
-from jaxpost.train.evaluate import evaluate, make_eval_step
+from jaxpost.train.evaluate import ComputeMetrics, Evaluation
 from jaxpost.train.logging import RunLog
 from jaxpost.train.loop import Schedule, fit
 from jaxpost.train.optim import check_loraplus, make_optimizer, make_schedule
-from jaxpost.train.reference import Reference, follow
+from jaxpost.train.precompute import reference_logps
+from jaxpost.train.reference import follow
 from jaxpost.train.report import write_curves, write_model_card
 from jaxpost.train.state import TrainState, create_state, decay_mask, merge
 from jaxpost.train.step import Programs, make_annotate, make_step
@@ -55,6 +58,7 @@ class Trainer:
         formatting_func: makes the text to train on from a row.
         peft_config: the adapter to train, ours or a `peft.LoraConfig`; by default what `args` say.
         ref_model: what the policy is compared with, by methods that do; by default what `args` say.
+        compute_metrics: further metrics of evaluation, of an `EvalPrediction` with the reward of every example.
 
     Raises:
         ConfigError, DataError: one line each, before anything is written.
@@ -71,6 +75,7 @@ class Trainer:
         formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
         peft_config: LoraConfig | PeftConfig | None = None,
         ref_model: str | os.PathLike[str] | Decoder | None = None,
+        compute_metrics: ComputeMetrics | None = None,
     ):
         self.method = method
         self.args = method.config() if args is None else args
@@ -99,16 +104,24 @@ class Trainer:
         self.model: Decoder = self.base.load()
         self.trainable = trainable_filter(self.model)
         check_loraplus(self.args, nnx.to_pure_dict(nnx.state(self.model, self.trainable)))
-        self.reference = self._reference(ref_model, lora) if self.objective.needs_reference else None
+        self.memory = {name: jnp.zeros(()) for name in self.objective.remembers}
+        self.compute_metrics = compute_metrics
+        if compute_metrics is not None and self.train_loader.packs.facts is None:
+            raise ConfigError(f"compute_metrics is given the reward of every example, but {method.name} has no rewards")
+        self.reference = None
+        if self.objective.needs_reference:
+            compared = ref_model or self.args.ref_model_name_or_path
+            self.reference = load_reference(self.model, compared, self.args, self.mesh, goes_on=lora is None)
+            if self.args.precompute_ref_log_probs:
+                self._ask_reference()
 
     def train(self) -> dict[str, float]:
         """Run to the end and write the model, its metrics, curves and card to `output_dir`.
 
         Returns:
-            The last logged metrics of training and evaluation.
+            The last logged metrics of training and evaluation; with load_best_model_at_end those of the best model.
         """
         args, loader = self.args, self.train_loader
-        held_out = self.eval_loader if args.evaluates else None
         total = loader.num_steps
         schedule = make_schedule(args, total)
         optimizer = make_optimizer(args, schedule, decay_mask)
@@ -143,29 +156,38 @@ class Trainer:
                     source=offline(loader, int(state.step), self.mesh),
                     annotate=annotate,
                     step=step,
-                    evaluate=self._evaluation(graphdef, held_out) if held_out else None,
+                    evaluate=self._held_out(graphdef, state) if args.evaluates else None,
                     save=checkpoints.save,
                     schedule=self._schedule(total),
                     log=log,
                     num_tokens=facts["num_tokens"],
                 )
+                best: dict[str, float] = {}
+                if args.load_best_model_at_end:
+                    state, best = checkpoints.best(state)
+                    log.message(f"the best model is that of step {int(state.step)}: {best[args.best_metric]:.6g}")
             checkpoints.close()
         nnx.update(self.model, nnx.state(merge(graphdef, state.params, state.frozen)))
         if moving is not None:
             self.reference = moving._replace(arrays=state.reference)
+        self.memory = state.memory
         self.save_model(self.output_dir)
-        return self._report()
+        return self._report(best)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Held-out metrics of the model as it is now, by names that begin with `eval_`."""
         if eval_dataset is not None:
+            if self.objective.needs_reference and self.reference is None:
+                raise ConfigError(
+                    "precompute_ref_log_probs has asked the reference already: give eval_dataset from the start"
+                )
             self.eval_loader = self.pipeline.eval_loader(as_rows(eval_dataset, "eval_dataset"))
         if self.eval_loader is None:
             raise ConfigError("nothing to evaluate on: give eval_dataset, or --dataset_name with a test split")
         graphdef, params, frozen = nnx.split(self.model, self.trainable, ...)
         with jax.set_mesh(self.mesh):
-            state = TrainState(jnp.int32(0), nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), None)
-            return self._evaluation(graphdef, self.eval_loader)(state)
+            arrays = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+            return self._evaluation(graphdef)(TrainState(jnp.int32(0), *arrays, None, memory=self.memory))
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Write the model as it is now to a Hugging Face folder, or its adapter in PEFT's format."""
@@ -175,25 +197,39 @@ class Trainer:
             name, revision = self.base.base
             save_adapter(self.model, path, name, revision=revision, tokenizer=self.processing_class)
 
-    def _reference(self, model: Any, lora: LoraConfig | None) -> Reference:
-        """What the policy is compared with, from now on."""
-        model = model or self.args.ref_model_name_or_path
-        if model is None and lora is None and active_config(self.model) is not None:
-            keep_reference(self.model)
-        reference = load_reference(self.model, model, self.args, self.mesh)
-        if self.args.sync_ref_model and (reference.arrays is None or model is not None):
-            raise ConfigError("sync_ref_model moves a copy of the policy; it needs neither an adapter nor a ref_model")
-        return reference
+    def _ask_reference(self) -> None:
+        """Let batches tell what the reference says of their examples, which needs it no more."""
+        args, policy = self.args, self.model
+        assert self.reference is not None
+        if self.train_loader.has_mismatches:
+            raise ConfigError(
+                "precompute_ref_log_probs: this loss compares completions that change with every batch; leave it out"
+            )
+        reference = self.reference.build(policy, self.reference.arrays)
+        for loader in filter(None, (self.train_loader, self.eval_loader)):
+            rows = args.precompute_ref_batch_size or args.per_device_train_batch_size
+            once = self.pipeline.once(Encoded(loader.packs, full=False, notes=[]), rows)
+            with jax.set_mesh(self.mesh):
+                logps = reference_logps(self.objective, reference, once, self.mesh, args.tokenized_cache_dir)
+            loader.tell("ref_logps", logps)
+        self.reference = None
 
     def _as_trained(self, model: Any, key: jax.Array) -> Any:
         """The model with the dropout of its adapters, unless the method's config says otherwise."""
         is_steady = isinstance(self.args, CompletionsConfig) and self.args.disable_dropout
         return model if is_steady else with_dropout(model, key)
 
-    def _evaluation(self, graphdef: Any, loader: Loader) -> Callable[[TrainState], dict[str, float]]:
-        annotate = make_annotate(self.objective, graphdef, self.reference)
-        step = make_eval_step(self.objective, annotate, graphdef)
-        return lambda state: evaluate(state, step, loader(0, partial(put, mesh=self.mesh)))
+    def _evaluation(self, graphdef: Any) -> Evaluation:
+        assert self.eval_loader is not None
+        compared = self.objective, graphdef, self.reference
+        return Evaluation(*compared, self.eval_loader, self.mesh, self.compute_metrics)
+
+    def _held_out(self, graphdef: Any, state: TrainState) -> Evaluation:
+        """Evaluation in the run; a metric that tells which checkpoint is best must be among those that it makes."""
+        args, evaluation = self.args, self._evaluation(graphdef)
+        if args.load_best_model_at_end and self.compute_metrics is None:
+            one_of("metric_for_best_model", args.best_metric, sorted(evaluation.names(state)))
+        return evaluation
 
     def _schedule(self, total: int) -> Schedule:
         args, per_epoch = self.args, self.train_loader.steps_per_epoch
@@ -218,13 +254,14 @@ class Trainer:
             log.message(note)
         return log
 
-    def _report(self) -> dict[str, float]:
-        """Curves and model card; returns the last metrics."""
+    def _report(self, best: dict[str, float]) -> dict[str, float]:
+        """Curves and model card; returns the last metrics, in whose place those of the best model may stand."""
         if jax.process_index() != 0:
             return {}
         metrics: dict[str, float] = {}
         for line in (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             metrics |= json.loads(line)
+        metrics |= best
         write_curves(self.output_dir)
         write_model_card(
             self.output_dir,

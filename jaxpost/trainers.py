@@ -17,6 +17,7 @@ from jaxpost.methods import (
 )
 from jaxpost.models.lora_config import LoraConfig, PeftConfig
 from jaxpost.models.transformer import Decoder
+from jaxpost.train.evaluate import ComputeMetrics
 from jaxpost.trainer import Trainer
 
 Name = str | os.PathLike[str] | Decoder | None
@@ -31,6 +32,7 @@ def SFTTrainer(
     processing_class: Any = None,
     formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
     peft_config: Adapter = None,
+    compute_metrics: ComputeMetrics | None = None,
 ) -> Trainer:
     """Supervised fine-tuning with TRL's argument names; see `Trainer`."""
     data = (train_dataset, eval_dataset, processing_class, formatting_func)
@@ -45,9 +47,12 @@ def DPOTrainer(
     eval_dataset: Any = None,
     processing_class: Any = None,
     peft_config: Adapter = None,
+    compute_metrics: ComputeMetrics | None = None,
 ) -> Trainer:
     """Direct preference optimisation with TRL's argument names; see `Trainer`."""
-    return _trainer("dpo", model, args, train_dataset, eval_dataset, processing_class, peft_config, ref_model)
+    return _trainer(
+        "dpo", model, args, train_dataset, eval_dataset, processing_class, peft_config, compute_metrics, ref_model
+    )
 
 
 def KTOTrainer(
@@ -58,9 +63,12 @@ def KTOTrainer(
     eval_dataset: Any = None,
     processing_class: Any = None,
     peft_config: Adapter = None,
+    compute_metrics: ComputeMetrics | None = None,
 ) -> Trainer:
     """Kahneman-Tversky optimisation with TRL's argument names; see `Trainer`."""
-    return _trainer("kto", model, args, train_dataset, eval_dataset, processing_class, peft_config, ref_model)
+    return _trainer(
+        "kto", model, args, train_dataset, eval_dataset, processing_class, peft_config, compute_metrics, ref_model
+    )
 
 
 def BCOTrainer(
@@ -71,9 +79,12 @@ def BCOTrainer(
     eval_dataset: Any = None,
     processing_class: Any = None,
     peft_config: Adapter = None,
+    compute_metrics: ComputeMetrics | None = None,
 ) -> Trainer:
     """Binary classifier optimisation with TRL's argument names; see `Trainer`."""
-    return _trainer("bco", model, args, train_dataset, eval_dataset, processing_class, peft_config, ref_model)
+    return _trainer(
+        "bco", model, args, train_dataset, eval_dataset, processing_class, peft_config, compute_metrics, ref_model
+    )
 
 
 def ORPOTrainer(
@@ -83,9 +94,10 @@ def ORPOTrainer(
     eval_dataset: Any = None,
     processing_class: Any = None,
     peft_config: Adapter = None,
+    compute_metrics: ComputeMetrics | None = None,
 ) -> Trainer:
     """Odds-ratio preference optimisation with TRL's argument names; see `Trainer`."""
-    return _trainer("orpo", model, args, train_dataset, eval_dataset, processing_class, peft_config)
+    return _trainer("orpo", model, args, train_dataset, eval_dataset, processing_class, peft_config, compute_metrics)
 
 
 def CPOTrainer(
@@ -95,9 +107,10 @@ def CPOTrainer(
     eval_dataset: Any = None,
     processing_class: Any = None,
     peft_config: Adapter = None,
+    compute_metrics: ComputeMetrics | None = None,
 ) -> Trainer:
     """CPO, SimPO and AlphaPO with TRL's argument names; see `Trainer`."""
-    return _trainer("cpo", model, args, train_dataset, eval_dataset, processing_class, peft_config)
+    return _trainer("cpo", model, args, train_dataset, eval_dataset, processing_class, peft_config, compute_metrics)
 
 
 def RewardTrainer(
@@ -107,9 +120,10 @@ def RewardTrainer(
     eval_dataset: Any = None,
     processing_class: Any = None,
     peft_config: Adapter = None,
+    compute_metrics: ComputeMetrics | None = None,
 ) -> Trainer:
     """Reward models with TRL's argument names; see `Trainer`."""
-    return _trainer("reward", model, args, train_dataset, eval_dataset, processing_class, peft_config)
+    return _trainer("reward", model, args, train_dataset, eval_dataset, processing_class, peft_config, compute_metrics)
 
 
 def _trainer(
@@ -120,7 +134,9 @@ def _trainer(
     held_out: Any,
     tokenizer: Any,
     adapter: Adapter,
+    compute_metrics: ComputeMetrics | None,
     ref_model: Name = None,
 ) -> Trainer:
-    options = {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
-    return Trainer(METHODS[name], model, args, peft_config=adapter, ref_model=ref_model, **options)
+    data = {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
+    options = {"peft_config": adapter, "ref_model": ref_model, "compute_metrics": compute_metrics}
+    return Trainer(METHODS[name], model, args, **data, **options)

@@ -72,6 +72,7 @@ class Loader:
             examples. Partners are neighbours by number among the packs of a batch, whatever their order in it.
 
     Attributes:
+        packs: those that were given; `tell` adds to their facts.
         steps_per_epoch: batches in an epoch.
         lengths: row lengths in tokens, ascending.
 
@@ -102,7 +103,7 @@ class Loader:
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )
         self._sizes = packs.sizes
-        self._packs, self._global_batch_size, self._num_rows = packs, global_batch_size, num_rows
+        self.packs, self._global_batch_size, self._num_rows = packs, global_batch_size, num_rows
         self._pad_id, self._seed, self._sampling, self._multiple = pad_id, seed, sampling, multiple
         self._mismatch = mismatch
         self._process_index, self._process_count = process_index, process_count
@@ -127,16 +128,30 @@ class Loader:
         padded = self._num_rows * lengths[np.searchsorted(lengths, self._longest)].sum()
         return 1 - sum(int(self._sizes[self._indices(step)].sum()) for step in range(len(self._longest))) / int(padded)
 
+    @property
+    def has_mismatches(self) -> bool:
+        """Whether batches hold prompts with completions of other examples."""
+        return self._mismatch is not None
+
+    def tell(self, name: str, values: np.ndarray) -> None:
+        """Let batches tell this, too, of every example; float32 [len(packs.examples)]."""
+        assert self.packs.facts is not None
+        self.packs.facts = {**self.packs.facts, name: values}
+
+    def members(self, step: int) -> list[list[int]]:
+        """Numbers of the examples in each row of global batch number `step`, in the order of their segments."""
+        return self._members(self.layout(step)[0])
+
     def fingerprint(self) -> str:
         """What the batches depend on, in 32 hexadecimal digits: every token and mask, the seed, and how they are dealt.
 
         The number of processes, rows and row lengths is not in it: none of them changes which packs a batch holds.
         """
-        return digest(self._packs.digest(), self._seed, self._sampling, self._global_batch_size)
+        return digest(self.packs.digest(), self._seed, self._sampling, self._global_batch_size)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Indices of the packs, int64 [N], in the order of this epoch."""
-        count, size = len(self._packs), self._global_batch_size
+        count, size = len(self.packs), self._global_batch_size
         if self._sampling == "sequential":
             return np.arange(count)
         # Raw bits and a stable sort, because numpy keeps the bit streams between versions, but not `permutation`.
@@ -178,12 +193,12 @@ class Loader:
         rows, longest = self.layout(step)
         share = self._num_rows // self._process_count
         mine = rows[self._process_index * share : (self._process_index + 1) * share]
-        examples = [[example for i in row for example in self._packs[i]] for row in mine]
+        examples = [[example for i in row for example in self.packs[i]] for row in mine]
         batch = collate(examples, self._padded(longest), self._pad_id) | self._facts(mine)
         if self._mismatch is None:
             return batch
         partners, limit = self._partners(step), self._mismatch
-        others = [[self._packs.mismatched(i, partners[i], limit) for i in row] for row in mine]
+        others = [[self.packs.mismatched(i, partners[i], limit) for i in row] for row in mine]
         return batch | self._mismatches(others)
 
     def empty(self, length: int) -> dict[str, np.ndarray]:
@@ -194,11 +209,11 @@ class Loader:
 
     def _facts(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         """`examples` [B, S], 1 for each example of a row in the order of its segments, and a column for each fact."""
-        if self._packs.facts is None:
+        if self.packs.facts is None:
             return {}
         members = self._members(rows)
         width = max(self._widest, *map(len, members))
-        columns = {"examples": np.ones(len(self._packs.examples), np.float32), **self._packs.facts}
+        columns = {"examples": np.ones(len(self.packs.examples), np.float32), **self.packs.facts}
         result = {name: np.zeros((len(rows), width), np.float32) for name in columns}
         for row, numbers in enumerate(members):
             for name, values in columns.items():
@@ -207,13 +222,13 @@ class Loader:
 
     def _members(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """Numbers of the examples in each row of packs."""
-        return [[number for i in row for number in self._packs.members(i)] for row in rows]
+        return [[number for i in row for number in self.packs.members(i)] for row in rows]
 
     def _partners(self, step: int) -> dict[int, int]:
         """For each pack of a batch the one before it by number, and for one that is alone its neighbour in the data."""
         packs = sorted(map(int, self._indices(step)))
         if len(packs) == 1:
-            return {packs[0]: (packs[0] - 1) % len(self._packs)}
+            return {packs[0]: (packs[0] - 1) % len(self.packs)}
         return dict(zip(packs, [packs[-1], *packs[:-1]], strict=True))
 
     def _mismatches(self, rows: Sequence[Sequence[Example]]) -> dict[str, np.ndarray]:

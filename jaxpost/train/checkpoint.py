@@ -1,6 +1,7 @@
 """Checkpoints of a run: Orbax, asynchronous, one unit of state at step boundaries."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from jaxpost.errors import CheckpointError, ConfigError, one_line
 from jaxpost.options import one_of, option
@@ -24,12 +26,29 @@ class CheckpointConfig:
     save_total_limit: int | None = option(None, "How many checkpoints to keep; older ones are deleted.")
     resume_from_checkpoint: str | None = option(None, "Continue the run in output_dir: true or latest, or a step.")
 
+    load_best_model_at_end: bool = option(False, "End with the checkpoint that was best in evaluation, not the last.")
+    metric_for_best_model: str | None = option(None, "Metric of evaluation that says which is best; loss by default.")
+    greater_is_better: bool | None = option(None, "Whether more of it is better; by default unless it ends in loss.")
+
     def __post_init__(self) -> None:
         one_of("save_strategy", self.save_strategy, ("no", "steps", "epoch"))
         for name in ("save_steps", "save_total_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if not self.load_best_model_at_end and (self.metric_for_best_model or self.greater_is_better is not None):
+            raise ConfigError("metric_for_best_model and greater_is_better need --load_best_model_at_end")
+
+    @property
+    def best_metric(self) -> str:
+        """The metric that says which checkpoint is best, as evaluation names it."""
+        return f"eval_{(self.metric_for_best_model or 'loss').removeprefix('eval_')}"
+
+    def goodness(self, metrics: dict[str, float]) -> float:
+        """The more, the better; a metric that is missing or not a number is the worst."""
+        more = not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+        value = float(metrics.get(self.best_metric, math.nan))
+        return -math.inf if math.isnan(value) else value if more else -value
 
 
 class Checkpoints:
@@ -49,23 +68,27 @@ class Checkpoints:
     @cached_property
     def _manager(self) -> ocp.CheckpointManager:
         """Made when it is first needed: it creates the folder."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.config.save_total_limit, create=True)
+        kept, best = preservation.LatestN(self.config.save_total_limit), None
+        if self.config.load_best_model_at_end:
+            best = self.config.goodness
+            kept = preservation.AnyPreservationPolicy([kept, preservation.BestN(get_metric_fn=best, n=1)])
+        options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=best, create=True)
         return ocp.CheckpointManager(self.folder.absolute(), options=options)
 
-    def save(self, state: TrainState, step: int, facts: dict[str, Any]) -> None:
+    def save(self, state: TrainState, step: int, facts: dict[str, Any], metrics: dict[str, float]) -> None:
         """Start saving; training goes on while the files are written.
 
         Args:
             state: trainable parameters, optimizer and step are saved; frozen arrays come from the base model.
             step: the state's step.
             facts: small JSON values that must survive with it.
+            metrics: of its evaluation.
         """
         if self._manager.latest_step() == step:
             return
         facts = {**facts, "arrays": _arrays(state), "data": self.data}
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(_saved(state)), facts=ocp.args.JsonSave(facts))
-        )
+        items = {"state": ocp.args.StandardSave(_saved(state)), "facts": ocp.args.JsonSave(facts)}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The state to continue from, or None for a fresh run.
@@ -86,7 +109,16 @@ class Checkpoints:
                     "--resume_from_checkpoint true, or give another --output_dir"
                 )
             return None
-        step = self._step(str(asked), steps)
+        return self._restored(state, self._step(str(asked), steps))
+
+    def best(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+        """The state that was best in evaluation, and its metrics; `state` gives shapes and layout."""
+        self._manager.wait_until_finished()
+        step = self._manager.best_step()
+        assert step is not None, "the last step is always evaluated and saved"
+        return self._restored(state, step)[0], self._manager.metrics(step) or {}
+
+    def _restored(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state))
         facts = self._read(step, "facts", ocp.args.JsonRestore())
         self._check(step, facts.pop("arrays"), _arrays(state))

@@ -1,16 +1,25 @@
 """Held-out loss and metrics: exact means over the whole set, whatever the batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from jaxpost.data.loader import Loader
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Metric, Tally
 from jaxpost.objectives.base import Batch, Objective
 from jaxpost.options import one_of, option
+from jaxpost.sharding import put
+from jaxpost.train.reference import Reference
 from jaxpost.train.state import TrainState, merge
+from jaxpost.train.step import make_annotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +41,97 @@ class EvalConfig:
         return self.eval_strategy != "no" or self.eval_on_start
 
 
-def make_eval_step(
-    objective: Objective, annotate: Callable[[TrainState, Batch], Batch], graphdef: Any
-) -> Callable[[TrainState, Batch], dict[str, Metric]]:
-    """Compile-ready forward pass: the loss and the metrics of a batch."""
+class EvalPrediction(NamedTuple):
+    """What `compute_metrics` is given; the names are those of transformers.
 
-    def step(params: Any, frozen: Any, batch: Batch) -> dict[str, Metric]:
-        loss, metrics = objective.loss(merge(graphdef, params, frozen), batch)
-        return {"loss": loss, **metrics}
+    Attributes:
+        predictions: rewards, float32: [N, 2] of the chosen and the rejected of each pair, or [N] of judged completions.
+        label_ids: [N], 0 for each pair, whose first is the better one; or 1 for desirable completions and 0 for others.
+    """
 
-    compiled = jax.jit(step)
-    return lambda state, batch: compiled(state.params, state.frozen, annotate(state, batch))
+    predictions: np.ndarray
+    label_ids: np.ndarray
 
 
-def evaluate(
-    state: TrainState, step: Callable[[TrainState, Batch], dict[str, Metric]], batches: Iterable[Batch]
-) -> dict[str, float]:
-    """Means over all batches, named `eval_loss`, `eval_entropy`, ..."""
-    tally = Tally()
-    for batch in batches:
-        tally.add(jax.device_get(step(state, batch)))
-    return {f"eval_{name}": value for name, value in tally.values().items()}
+ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
+
+
+class Evaluation:
+    """Metrics of a state over a whole set, by names that begin with `eval_`.
+
+    Args:
+        objective: the method.
+        graphdef: of the model, from `create_state`.
+        reference: None where the method needs none.
+        loader: has each example once.
+        mesh: where batches go.
+        compute_metrics: makes further metrics of what the state predicts.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        graphdef: Any,
+        reference: Reference | None,
+        loader: Loader,
+        mesh: Mesh,
+        compute_metrics: ComputeMetrics | None = None,
+    ):
+        self.loader, self.mesh, self.compute_metrics = loader, mesh, compute_metrics
+        annotate = make_annotate(objective, graphdef, reference, learns=False)
+
+        @jax.jit
+        def measure(params: Any, frozen: Any, batch: Batch) -> dict[str, Metric]:
+            loss, metrics = objective.loss(merge(graphdef, params, frozen), batch)
+            return {"loss": loss, **metrics}
+
+        @jax.jit
+        def judge(params: Any, frozen: Any, batch: Batch) -> Array:
+            return objective.rewards(merge(graphdef, params, frozen), batch)
+
+        self._measure = lambda state, batch: measure(state.params, state.frozen, annotate(state, batch))
+        self._judge = lambda state, batch: judge(state.params, state.frozen, annotate(state, batch))
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """The metrics of a state."""
+        tally = Tally()
+        for batch in self.loader(0, partial(put, mesh=self.mesh)):
+            tally.add(jax.device_get(self._measure(state, batch)))
+        values = tally.values()
+        if self.compute_metrics is not None:
+            given = {
+                name.removeprefix("eval_"): value for name, value in self.compute_metrics(self.predict(state)).items()
+            }
+            values |= {name: float(value) for name, value in given.items()}
+        return {f"eval_{name}": value for name, value in values.items()}
+
+    def names(self, state: TrainState) -> set[str]:
+        """The names of the metrics, but for those that `compute_metrics` makes; nothing is computed."""
+        batch = put(self.loader.empty(self.loader.lengths[0]), self.mesh)
+        return {f"eval_{name}" for name in jax.eval_shape(self._measure, state, batch)}
+
+    def predict(self, state: TrainState) -> EvalPrediction:
+        """How good a state finds each example."""
+        packs = self.loader.packs
+        rewards = by_example(partial(self._judge, state), self.loader, self.mesh)
+        members = np.stack([packs.members(i) for i in range(len(packs))])
+        facts = packs.facts or {}
+        if "label" in facts:
+            return EvalPrediction(rewards[members[:, 0]], facts["label"][members[:, 0]].astype(np.int64))
+        return EvalPrediction(rewards[members], np.zeros(len(members), np.int64))
+
+
+def by_example(values: Callable[[Batch], Array], loader: Loader, mesh: Mesh) -> np.ndarray:
+    """What a function of batches says of every example, float32 [N].
+
+    Args:
+        values: a batch -> [B, S].
+        loader: has each example once.
+        mesh: where batches go.
+    """
+    found = np.zeros(len(loader.packs.examples), np.float32)
+    for step, batch in enumerate(loader(0, partial(put, mesh=mesh))):
+        rows = multihost_utils.process_allgather(values(batch), tiled=True)
+        for row, numbers in zip(np.asarray(rows), loader.members(step), strict=True):
+            found[numbers] = row[: len(numbers)]
+    return found

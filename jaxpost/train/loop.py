@@ -155,7 +155,7 @@ def fit(
     annotate: Callable[[TrainState, Batch], Batch],
     step: Callable[[TrainState, Batch], tuple[TrainState, StepReport]],
     evaluate: Callable[[TrainState], dict[str, float]] | None,
-    save: Callable[[TrainState, int, dict[str, Any]], None],
+    save: Callable[[TrainState, int, dict[str, Any], dict[str, float]], None],
     schedule: Schedule,
     log: Log,
     num_tokens: int = 0,
@@ -168,7 +168,7 @@ def fit(
         annotate: adds the columns that need no gradient.
         step: the compiled train step.
         evaluate: held-out metrics of a state.
-        save: starts a checkpoint of (state, step, facts).
+        save: starts a checkpoint of (state, step, facts, metrics of its evaluation).
         schedule: which steps log, evaluate and save.
         log: receives metrics.
         num_tokens: real tokens trained on before, for a resumed run.
@@ -195,10 +195,11 @@ def fit(
             continue
         meter.read(done, pending)
         pending = None
-        paused = time.perf_counter()
+        paused, metrics = time.perf_counter(), {}
         if evaluate is not None and schedule.evaluates(done):
-            log.log(done, {"epoch": done / schedule.steps_per_epoch, **evaluate(state)})
+            metrics = evaluate(state)
+            log.log(done, {"epoch": done / schedule.steps_per_epoch, **metrics})
         if schedule.saves(done):
-            save(state, done, {"num_tokens": meter.num_tokens})
+            save(state, done, {"num_tokens": meter.num_tokens}, metrics)
         meter.pause(time.perf_counter() - paused)
     return state

@@ -22,6 +22,12 @@ class ReferenceConfig:
     sync_ref_model: bool = option(False, "Move the reference towards the policy every ref_model_sync_steps (TR-DPO).")
     ref_model_mixup_alpha: float = option(0.6, "Share of the policy in the reference after a move; 1 replaces it.")
     ref_model_sync_steps: int = option(512, "Optimizer steps between such moves.")
+    precompute_ref_log_probs: bool = option(
+        False, "Ask the reference once, before the first step; the answers stay in tokenized_cache_dir."
+    )
+    precompute_ref_batch_size: int | None = option(
+        None, "Rows per data-parallel group that are asked together; per_device_train_batch_size by default."
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.ref_model_mixup_alpha <= 1:
@@ -30,6 +36,10 @@ class ReferenceConfig:
             raise ConfigError(f"ref_model_sync_steps is {self.ref_model_sync_steps}; it must be at least 1")
         if self.sync_ref_model and self.ref_model_name_or_path:
             raise ConfigError("sync_ref_model moves a copy of the policy's start; drop ref_model_name_or_path")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ConfigError("sync_ref_model moves the reference, precompute_ref_log_probs asks it once; drop one")
+        if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
+            raise ConfigError(f"precompute_ref_batch_size is {self.precompute_ref_batch_size}; it must be at least 1")
 
 
 class Reference(NamedTuple):

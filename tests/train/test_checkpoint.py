@@ -23,7 +23,7 @@ def make_state(mesh_spec="fsdp=8", scale=1.0, **changes):
 def saved(folder, *steps, **config):
     checkpoints = Checkpoints(folder, CheckpointConfig(**config))
     for step in steps:
-        checkpoints.save(make_state(scale=step), step, {"num_tokens": step})
+        checkpoints.save(make_state(scale=step), step, {"num_tokens": step}, {})
     checkpoints.close()
 
 

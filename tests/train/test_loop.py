@@ -44,7 +44,7 @@ def run(totals, counts=None, *, finite=None, start=0, evaluate=None, source=None
         annotate=annotate or (lambda state, batch: batch),
         step=step,
         evaluate=evaluate,
-        save=lambda state, number, facts: log.events.append(("save", number, facts["num_tokens"])),
+        save=lambda state, number, facts, metrics: log.events.append(("save", number, facts["num_tokens"])),
         schedule=Schedule(**options),
         log=log,
         num_tokens=100,

@@ -47,7 +47,7 @@ def test_eight_devices_equal_one_in_one_program(optim, tmp_path):
 
     saved = TrainState(jnp.int32(3), eight, {}, state)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    checkpoints.save(saved, 3, {})
+    checkpoints.save(saved, 3, {}, {})
     checkpoints.close()
     fresh = TrainState(jnp.int32(0), jax.device_put(params, layout[0]), {}, init(params))
     restored, _ = Checkpoints(tmp_path, CheckpointConfig(resume_from_checkpoint="true")).restore(fresh)

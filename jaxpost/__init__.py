@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxpost.models.lora_config import LoraConfig
     from jaxpost.models.peft import load_adapter, save_adapter
     from jaxpost.models.pretrained import from_pretrained
+    from jaxpost.scoring import score
     from jaxpost.trainers import BCOTrainer, CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer, RewardTrainer, SFTTrainer
 
 # Public name -> module; imported on first use, so that `import jaxpost` costs nothing.
@@ -27,6 +28,7 @@ _PUBLIC = {
     "save_pretrained": "jaxpost.models.export",
     **dict.fromkeys(["attach", "merge_adapter", "set_adapter", "without_adapters"], "jaxpost.models.adapters"),
     **dict.fromkeys(["load_adapter", "save_adapter"], "jaxpost.models.peft"),
+    "score": "jaxpost.scoring",
     "LoraConfig": "jaxpost.models.lora_config",
     **dict.fromkeys(
         [f"{name}Config" for name in ("BCO", "CPO", "DPO", "KTO", "ORPO", "Reward", "SFT", "SimPO")], "jaxpost.methods"
@@ -59,6 +61,7 @@ __all__ = [
     "merge_adapter",
     "save_adapter",
     "save_pretrained",
+    "score",
     "set_adapter",
     "without_adapters",
 ]

@@ -26,6 +26,8 @@ USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
   reward     a reward model
   generate   complete prompts with a model
   export     write a run's model, or an adapter merged into its base, as a Hugging Face folder
+  evaluate   the held-out metrics of a model: jaxpost evaluate dpo with its flags; without a method, the scores that a
+             reward model gives to texts
   preview    show what a method would train on: jaxpost preview dpo with its flags
 
 jaxpost <command> --help lists its flags."""
@@ -54,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, flags: list[str]) -> int:
     # Quiet by default: these libraries warn about PyTorch and about tokenizers in forked workers.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from jaxpost.evaluate import run_evaluate
     from jaxpost.export import ExportConfig, run_export
     from jaxpost.generate import GenerateConfig, run_generate
     from jaxpost.methods import METHODS
     from jaxpost.preview import run_preview
+    from jaxpost.scoring import ScoreConfig, run_score
     from jaxpost.trainer import Trainer
 
     if command == "generate":
@@ -66,12 +70,18 @@ def _run(command: str, flags: list[str]) -> int:
     if command == "export":
         run_export(parse(ExportConfig, command, flags))
         return 0
+    if command == "evaluate" and flags and flags[0] in METHODS:
+        run_evaluate(METHODS[flags[0]], parse(METHODS[flags[0]].config, flags[0], flags[1:]))
+        return 0
+    if command == "evaluate":
+        run_score(parse(ScoreConfig, command, flags))
+        return 0
     if command == "preview":
         name = flags.pop(0) if flags and flags[0] in METHODS else "sft"
         run_preview(METHODS[name], parse(METHODS[name].config, name, flags))
         return 0
     if command not in METHODS:
-        known = (*METHODS, "generate", "export", "preview")
+        known = (*METHODS, "generate", "export", "evaluate", "preview")
         raise ConfigError(f"unknown command {command!r}{nearest(command, known)}; known: {', '.join(known)}")
     trainer = Trainer(METHODS[command], args=parse(METHODS[command].config, command, flags))
     trainer.train()

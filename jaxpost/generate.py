@@ -1,9 +1,7 @@
 """`jaxpost generate`: a file of prompts in, a JSON Lines file of completions out, in order."""
 
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from jaxpost.data.chat import encode_prompt
 from jaxpost.data.sources import load_rows
@@ -14,6 +12,7 @@ from jaxpost.models.families import read_config
 from jaxpost.models.pretrained import open_source
 from jaxpost.options import option
 from jaxpost.rl.generate import generate
+from jaxpost.writing import write_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ def run_generate(config: GenerateConfig) -> None:
         seed=config.seed,
         batch_size=config.batch_size,
     )
-    lines = [
+    lines = (
         json.dumps(
             {
                 "prompt": prompt,
@@ -77,12 +76,5 @@ def run_generate(config: GenerateConfig) -> None:
             ensure_ascii=False,
         )
         for prompt, completion in zip(rows["prompt"], completions, strict=True)
-    ]
-    if config.output_file is None:
-        print("\n".join(lines))
-        return
-    target = Path(config.output_file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.writing")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    )
+    write_lines(config.output_file, lines)

@@ -1,5 +1,6 @@
 """What losses and metrics are returned as: sums that have not been divided yet, and extremes."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -94,3 +95,10 @@ class Tally:
         """Begin anew."""
         self._sums.clear()
         self._extremes.clear()
+
+
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share; Wilson, 1927, "Probable Inference, the Law of Succession"."""
+    z, share = 1.959964, successes / count
+    middle, spread = share + z * z / (2 * count), z * math.sqrt((share * (1 - share) + z * z / (4 * count)) / count)
+    return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)

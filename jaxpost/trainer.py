@@ -40,7 +40,7 @@ from jaxpost.train.optim import check_loraplus, make_optimizer, make_schedule
 from jaxpost.train.precompute import reference_logps
 from jaxpost.train.reference import follow
 from jaxpost.train.report import write_curves, write_model_card
-from jaxpost.train.state import TrainState, create_state, decay_mask, merge
+from jaxpost.train.state import TrainState, create_state, decay_mask, merge, snapshot
 from jaxpost.train.step import Programs, make_annotate, make_step
 
 
@@ -184,10 +184,9 @@ class Trainer:
             self.eval_loader = self.pipeline.eval_loader(as_rows(eval_dataset, "eval_dataset"))
         if self.eval_loader is None:
             raise ConfigError("nothing to evaluate on: give eval_dataset, or --dataset_name with a test split")
-        graphdef, params, frozen = nnx.split(self.model, self.trainable, ...)
+        graphdef, state = snapshot(self.model, self.trainable, self.memory)
         with jax.set_mesh(self.mesh):
-            arrays = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
-            return self._evaluation(graphdef)(TrainState(jnp.int32(0), *arrays, None, memory=self.memory))
+            return self._evaluation(graphdef)(state)
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Write the model as it is now to a Hugging Face folder, or its adapter in PEFT's format."""

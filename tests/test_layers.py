@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 FLOOR = {
-    **dict.fromkeys(["sharding", "metrics", "errors", "options", "locks"], 1),
+    **dict.fromkeys(["sharding", "metrics", "errors", "options", "locks", "writing"], 1),
     **dict.fromkeys(["models", "data"], 2),
     **dict.fromkeys(["objectives", "rl"], 3),
     **dict.fromkeys(["train", "encode"], 4),
     **dict.fromkeys(["methods", "base_model", "ref_model"], 5),
     "pipeline": 6,
-    **dict.fromkeys(["trainer", "plan", "generate", "export", "preview"], 7),
+    **dict.fromkeys(["trainer", "plan", "generate", "export", "preview", "evaluate", "scoring"], 7),
     **dict.fromkeys(["cli", "trainers"], 8),
     **dict.fromkeys(["__main__", "__init__"], 9),
 }

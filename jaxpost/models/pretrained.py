@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from jaxpost.models.check import SCORE
 from jaxpost.models.checkpoint import Checkpoint, open_checkpoint
 from jaxpost.models.config import Compute
 from jaxpost.models.hf import load
@@ -27,6 +28,12 @@ class Source(NamedTuple):
     revision: str | None
     checkpoint: Checkpoint
     adapter: AdapterFolder | None
+
+    def has_trained_head(self, head: str) -> bool:
+        """Whether weights of that head are stored; that of a language model always is."""
+        adapted = () if self.adapter is None else self.adapter.tensors
+        is_stored = SCORE in self.checkpoint.names() or any(name.startswith("score.") for name in adapted)
+        return head == "lm" or is_stored
 
     def tokenizer(self) -> Any:
         """That of the adapter, where it has one."""

@@ -73,6 +73,12 @@ def create_state(
     return graphdef, TrainState(numbers.pop("step"), params, frozen, opt_state, memory=numbers)
 
 
+def snapshot(model: nnx.Module, trainable: Any, memory: dict[str, Array]) -> tuple[Any, TrainState]:
+    """(graphdef, state) of a model as it is, to evaluate; its arrays stay its own."""
+    graphdef, params, frozen = nnx.split(model, trainable, ...)
+    return graphdef, TrainState(jnp.int32(0), nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), None, memory=memory)
+
+
 def merge(graphdef: Any, params: Any, frozen: Any) -> Any:
     """The model made of these arrays."""
     return nnx.merge(graphdef, params, frozen) if frozen else nnx.merge(graphdef, params)

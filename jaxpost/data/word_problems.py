@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import operator
-import os
 import random
 import re
 import sys
@@ -26,15 +25,20 @@ from typing import TypeVar
 
 from jaxpost.data.word_problem_templates import TEMPLATES, WORDS
 from jaxpost.errors import ConfigError
+from jaxpost.writing import replace_file
 
 MIN_ROWS = 20
 
 
+class NoNaturalNumber(ValueError):
+    """A formula has no whole result of 0 or more; in a right solution that is a fault of the template."""
+
+
 def divide_exactly(dividend: int, divisor: int) -> int:
-    """Return the quotient; a remainder is a fault of the template."""
-    quotient, remainder = divmod(dividend, divisor)
-    assert remainder == 0, (dividend, divisor)
-    return quotient
+    """Return the quotient, where there is no remainder."""
+    if divisor == 0 or dividend % divisor:
+        raise NoNaturalNumber(f"{dividend} / {divisor}")
+    return dividend // divisor
 
 
 OPERATORS: dict[type, Callable[[int, int], int]] = {
@@ -66,22 +70,30 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A rendered template; no two problems of one `draw_problems` agree in `template` and `quantities`."""
+    """A rendered template; no two problems of one `draw_problems` agree in `template` and `quantities`.
+
+    Its question tells `quantities`, drawn ones and computed ones; `words` fill its gaps.
+    """
 
     template: str
     quantities: Mapping[str, int]
+    words: Mapping[str, str]
     question: str
     steps: Sequence[str]
     answer: int
 
     def as_row(self) -> dict:
         """Return the conversational prompt-completion row; the completion ends in `#### answer`."""
-        solution = "\n".join([*self.steps, f"#### {self.answer}"])
         return {
             "prompt": [{"role": "user", "content": self.question}],
-            "completion": [{"role": "assistant", "content": solution}],
+            "completion": said(self.steps, self.answer),
             "answer": str(self.answer),
         }
+
+
+def said(steps: Sequence[str], answer: int) -> list[dict]:
+    """Return a worked solution as the assistant's message."""
+    return [{"role": "assistant", "content": "\n".join([*steps, f"#### {answer}"])}]
 
 
 def generate(num_rows: int = 2000, seed: int = 0) -> list[dict]:
@@ -92,12 +104,17 @@ def generate(num_rows: int = 2000, seed: int = 0) -> list[dict]:
     Raises:
         ConfigError: `num_rows` is below 20 or above the number of distinct problems; `seed` is negative.
     """
+    return [problem.as_row() for problem in problems(num_rows, seed)]
+
+
+def problems(num_rows: int, seed: int) -> list[Problem]:
+    """Return the first `num_rows` problems of a seed; arguments and errors are those of `generate`."""
     available = sum(template.capacity for template in load_templates())
     if not MIN_ROWS <= num_rows <= available:
         raise ConfigError(f"num_rows is {num_rows}; it takes {MIN_ROWS} to {available}, as many as are distinct")
     if seed < 0:  # random.Random ignores the sign, so -1 would silently be 1
         raise ConfigError(f"seed is {seed}; it takes 0 or more")
-    return [problem.as_row() for problem in itertools.islice(draw_problems(seed), num_rows)]
+    return list(itertools.islice(draw_problems(seed), num_rows))
 
 
 def split(rows: Sequence[dict], held_out_fraction: float = 0.1) -> tuple[list[dict], list[dict]]:
@@ -118,36 +135,32 @@ def split(rows: Sequence[dict], held_out_fraction: float = 0.1) -> tuple[list[di
     return list(rows[:-num_held_out]), list(rows[-num_held_out:])
 
 
-def write(output_dir: str | Path, num_rows: int = 2000, seed: int = 0) -> tuple[int, int]:
-    """Write `train.jsonl` and `test.jsonl`, each complete or not at all; return how many rows each has.
+def write(output_dir: str | Path, num_rows: int = 2000, seed: int = 0) -> dict[str, int]:
+    """Write `train.jsonl` and `test.jsonl`; return how many rows each has.
 
     Raises:
         ConfigError: as `generate`; `output_dir` is not a folder that can be written.
     """
     train, test = split(generate(num_rows, seed))
+    return write_files(output_dir, {"train": train, "test": test})
+
+
+def write_files(output_dir: str | Path, splits: Mapping[str, Sequence[dict]]) -> dict[str, int]:
+    """Write `<split>.jsonl` of each split, each complete or not at all; return how many rows each has.
+
+    Raises:
+        ConfigError: `output_dir` is not a folder that can be written.
+    """
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in (("train.jsonl", train), ("test.jsonl", test)):
-            replace_file(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+        for name, rows in splits.items():
+            replace_file(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise ConfigError(
             f"--output_dir {output_dir} cannot be written ({error.strerror}); name a folder that can be"
         ) from error
-    return len(train), len(test)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader finds the old file or the whole new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return {name: len(rows) for name, rows in splits.items()}
 
 
 def draw_problems(seed: int) -> Iterator[Problem]:
@@ -174,21 +187,46 @@ def draw_numbers(rng: random.Random, template: Template) -> tuple[int, ...]:
 
 def render(rng: random.Random, template: Template, drawn: Mapping[str, int]) -> Problem:
     """Return the problem with these drawn quantities, its wording and its words chosen by `rng`."""
-    values = dict(drawn)
+    quantities = dict(drawn)
     for name, formula in template.computed.items():
-        values[name] = evaluate(formula, values)
+        quantities[name] = evaluate(formula, quantities)
     words = draw_words(rng)
-    question = f"{pick(rng, template.stories)} {pick(rng, template.questions)}".format_map(words | values)
-    steps = []
-    for step in template.steps:
+    question = f"{pick(rng, template.stories)} {pick(rng, template.questions)}".format_map(words | quantities)
+    steps, found = solve(template.steps, quantities, words)
+    # A step may find again what was drawn; then it must find the same number.
+    assert all(found[name] == value for name, value in quantities.items()), (template.name, drawn)
+    return Problem(
+        template=template.name,
+        quantities=quantities,
+        words=words,
+        question=question,
+        steps=steps,
+        answer=found[last_name(template.steps)],
+    )
+
+
+def solve(
+    steps: Sequence[str],
+    quantities: Mapping[str, int],
+    words: Mapping[str, str],
+    slips: Mapping[str, int] | None = None,
+) -> tuple[list[str], dict[str, int]]:
+    """Return the steps with their numbers, and all quantities; `slips` stand for the results of these names.
+
+    Raises:
+        NoNaturalNumber: a result is negative or not whole.
+    """
+    values, told = dict(quantities), []
+    for step in steps:
         for name, formula in EQUATION.findall(step):
-            result = evaluate(formula, values)
-            # A step may find again what was drawn; then it must find the same number.
-            assert values.get(name, result) == result, (template.name, name, drawn)
-            values[name] = result
-        steps.append(EQUATION.sub(as_format, step).format_map(words | values))
-    last_name, _ = EQUATION.findall(template.steps[-1])[-1]
-    return Problem(template=template.name, quantities=drawn, question=question, steps=steps, answer=values[last_name])
+            values[name] = slips[name] if slips and name in slips else evaluate(formula, values)
+        told.append(EQUATION.sub(as_format, step).format_map({**words, **values}))
+    return told, values
+
+
+def last_name(steps: Sequence[str]) -> str:
+    """Return the name of the quantity that the last equation finds: the answer."""
+    return EQUATION.findall(steps[-1])[-1][0]
 
 
 def as_format(equation: re.Match[str]) -> str:
@@ -198,7 +236,11 @@ def as_format(equation: re.Match[str]) -> str:
 
 
 def evaluate(formula: str, values: Mapping[str, int]) -> int:
-    """Return the value of `count * price + 2`; a negative result or a division with a remainder is a fault."""
+    """Return the value of `count * price + 2`.
+
+    Raises:
+        NoNaturalNumber: it is negative or not whole.
+    """
 
     def value_of(node: ast.expr) -> int:
         match node:
@@ -211,7 +253,8 @@ def evaluate(formula: str, values: Mapping[str, int]) -> int:
         raise ValueError(f"{formula!r} is not made of + - * /, names and numbers")
 
     result = value_of(parse_formula(formula))
-    assert result >= 0, (formula, values)
+    if result < 0:
+        raise NoNaturalNumber(f"{formula} is {result}")
     return result
 
 
@@ -273,19 +316,20 @@ def pick(rng: random.Random, choices: Sequence[Choice]) -> Choice:
     return choices[below(rng, len(choices))]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the two files that the command line asks for; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jaxpost.data.word_problems", description="Make word problems.")
-    parser.add_argument("--output_dir", required=True, help="folder for train.jsonl and test.jsonl")
-    parser.add_argument("--num_rows", type=int, default=2000, help="rows in both files together")
+def main(argv: Sequence[str] | None = None, write: Callable[[str, int, int], dict[str, int]] = write) -> int:
+    """Write the files that the command line asks for; return the exit code."""
+    parser = argparse.ArgumentParser(description="Make word problems.")
+    parser.add_argument("--output_dir", required=True, help="folder for the files, one a split")
+    parser.add_argument("--num_rows", type=int, default=2000, help="rows of training and test together")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws another mixture of the same problems")
     arguments = parser.parse_args(argv)
     try:
-        num_train, num_test = write(arguments.output_dir, arguments.num_rows, arguments.seed)
+        counts = write(arguments.output_dir, arguments.num_rows, arguments.seed)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"wrote {num_train} rows to train.jsonl and {num_test} rows to test.jsonl in {arguments.output_dir}")
+    files = ", ".join(f"{count} rows to {name}.jsonl" for name, count in counts.items())
+    print(f"wrote {files} in {arguments.output_dir}")
     return 0
 
 

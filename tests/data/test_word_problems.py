@@ -159,7 +159,7 @@ def test_all_problems_can_be_drawn():
 
 def test_write(tmp_path):
     folder = tmp_path / "new" / "data"
-    assert write(folder, num_rows=50, seed=2) == (45, 5)
+    assert write(folder, num_rows=50, seed=2) == {"train": 45, "test": 5}
     assert sorted(path.name for path in folder.iterdir()) == ["test.jsonl", "train.jsonl"]
     train, test = ((folder / name).read_bytes() for name in ("train.jsonl", "test.jsonl"))
     assert (train.count(b"\n"), test.count(b"\n")) == (45, 5)
@@ -184,7 +184,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeyp
 def test_command(tmp_path):
     command = [sys.executable, "-m", "jaxpost.data.word_problems", "--output_dir", str(tmp_path), "--num_rows", "40"]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert finished.stdout == f"wrote 36 rows to train.jsonl and 4 rows to test.jsonl in {tmp_path}\n"
+    assert finished.stdout == f"wrote 36 rows to train.jsonl, 4 rows to test.jsonl in {tmp_path}\n"
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ logistic function and e the label smoothing:
     sigmoid_norm  -log S(b(s_w/|w| - s_l/|l|))          Lambert et al., 2024, Tulu 3, arXiv:2411.15124, section 5.1.2
     aot           e-smoothed logistic loss of the differences of sorted values; Melnyk et al., 2024, arXiv:2406.05882
 
-f-divergences are those of Wang et al., 2023, "Beyond Reverse KL", arXiv:2309.16240.
+f-divergences, as f'(exp x), which is 0 at x = 0, are those of Wang et al., 2023, "Beyond Reverse KL", arXiv:2309.16240.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,8 +70,8 @@ def _alpha_score(x: Array, alpha: float) -> Array:
 
 F_DIVERGENCES: dict[str, Callable[[Array, float], Array]] = {
     "reverse_kl": lambda x, alpha: x,
-    "forward_kl": lambda x, alpha: -jnp.exp(jnp.minimum(-x, MAX_EXPONENT)),
-    "js_divergence": lambda x, alpha: log_sigmoid(x),
+    "forward_kl": lambda x, alpha: 1 - jnp.exp(jnp.minimum(-x, MAX_EXPONENT)),
+    "js_divergence": lambda x, alpha: math.log(2) + log_sigmoid(x),
     "alpha_divergence": _alpha_score,
 }
 

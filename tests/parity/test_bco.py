@@ -6,16 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpost.objectives.bco_losses import bco_loss
 from tests.parity.test_preference_step import JUDGED, our_log, write_model
 
 pytestmark = pytest.mark.parity
 TRL = "trl==1.10.0"
 STEPS = 3
 
-THEIRS = """
+STEPPING = """
 import json, sys
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,6 +41,23 @@ print(json.dumps([row for row in trainer.state.log_history if "loss" in row]))
 """
 
 
+LOSS = """
+import json, sys, types
+import torch
+from trl.experimental.bco import BCOTrainer
+
+logps, reference, chosen, shift, beta = json.loads(sys.argv[1])
+leaf = torch.tensor(logps, dtype=torch.float64, requires_grad=True)
+reference = torch.tensor(reference, dtype=torch.float64)
+running = types.SimpleNamespace(update=lambda rewards: None, mean=torch.tensor(shift, dtype=torch.float64))
+trainer = types.SimpleNamespace(beta=beta, running=running, match_underlying_distribution=False)
+sides = [side for part in (leaf, reference) for side in (part[:chosen], part[chosen:])]
+losses = BCOTrainer.bco_loss(trainer, *sides, None, None)[0]
+losses.mean().backward()
+print(json.dumps([losses.mean().item(), leaf.grad.tolist()]))
+"""
+
+
 @pytest.fixture(scope="module")
 def older_trl(tmp_path_factory):
     """A folder with the older TRL alone; its dependencies are those that are installed."""
@@ -47,11 +67,13 @@ def older_trl(tmp_path_factory):
     return folder
 
 
-def trl_log(trl, policy, reference, rows, output_dir, **settings):
-    words = [str(policy), str(reference), json.dumps(rows), str(output_dir), json.dumps(settings)]
+def run(script, trl, *words):
+    """The last line that a script prints, where TRL is the older one."""
     path = os.pathsep.join(map(str, [trl, Path(__file__).parents[2]]))
     environment = {**os.environ, "PYTHONPATH": path, "TRL_EXPERIMENTAL_SILENCE": "1"}
-    done = subprocess.run([sys.executable, "-c", THEIRS, *words], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -64,10 +86,27 @@ def test_first_steps_equal_trl(older_trl, tmp_path):
     ]
     shared = {"max_steps": STEPS, "max_length": 256, "learning_rate": 1e-3, "beta": 0.2}
     ours = our_log("bco", folders, rows, tmp_path / "ours", per_device_train_batch_size=1, **shared)
-    theirs = trl_log(older_trl, *folders, rows, tmp_path / "theirs", per_device_train_batch_size=8, **shared)
+    settings = json.dumps({**shared, "per_device_train_batch_size": 8})
+    theirs = run(STEPPING, older_trl, *folders, json.dumps(rows), tmp_path / "theirs", settings)
     assert len(ours) == len(theirs) == STEPS
     names = ["loss", "delta", *(f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected"))]
     for step, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         for name in [*names, "rewards/margins", "grad_norm"]:
             np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-6, err_msg=f"{name} of step {step}")
     assert len({row["delta"] for row in ours}) == STEPS
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7])
+def test_loss_and_gradient_equal_trl_in_float64(older_trl, shift):
+    rng, chosen, beta = np.random.default_rng(8), 3, 0.3
+    logps, reference = rng.normal(-20, 6, (2, 8))
+    label = np.arange(8) < chosen
+
+    def ours(logps):
+        return jnp.mean(bco_loss(beta * (logps - reference), jnp.asarray(shift), jnp.asarray(label, logps.dtype)))
+
+    value, gradient = run(LOSS, older_trl, json.dumps([logps.tolist(), reference.tolist(), chosen, shift, beta]))
+    with jax.enable_x64(True):
+        found, slope = jax.value_and_grad(ours)(jnp.asarray(logps))
+    np.testing.assert_allclose(found, value, rtol=1e-6)
+    np.testing.assert_allclose(slope, gradient, rtol=1e-5)

@@ -8,6 +8,7 @@ from jaxpost.models.config import Compute
 from jaxpost.models.families import read_config
 from jaxpost.models.hf import place
 from jaxpost.models.transformer import Decoder
+from jaxpost.objectives.dpo import DPO
 from jaxpost.objectives.sft import SFT
 from jaxpost.sharding import make_mesh, put
 from jaxpost.train.state import create_state, decay_mask
@@ -108,17 +109,37 @@ def test_decay_is_for_matrices_only():
     assert mask["embed"]["embedding"] is True
 
 
-def test_logits_are_never_materialised():
-    """Temporaries of the compiled step, the head's gradient aside, stay under a tenth of [B, T, V] logits."""
-    rows, length, vocab = 4, 2048, 131_072
+def make_pairs(rows, length, vocab):
+    """Rows of a chosen and a rejected example, annotated."""
+    batch = make_batch(rows, length, vocab)
+    second = batch["positions"] >= length // 2
+    ones = np.ones((rows, 2), np.float32)
+    segments = np.where(batch["segments"] > 0, 1 + second, 0).astype(np.int32)
+    positions = batch["positions"] - second * (length // 2)
+    return {**batch, "segments": segments, "positions": positions, "examples": ones, "ref_logps": -ones}
+
+
+@pytest.mark.parametrize(
+    ("objective", "make", "vocab"),
+    [(SFT(), make_batch, 131_072), (DPO(), make_pairs, 151_936), (DPO(use_weighting=True), make_pairs, 151_936)],
+    ids=["sft", "dpo", "wpo"],
+)
+def test_logits_are_never_materialised(objective, make, vocab):
+    """Temporaries of the compiled step, the head's gradient aside, stay under a tenth of [B, T, V] logits.
+
+    Of preferences these are 4 pairs of 1,024 tokens.
+    """
+    rows, length = 4, 2048
     config = read_config({**TINY_LLAMA, "vocab_size": vocab, "tie_word_embeddings": False}, "wide")
     mesh = make_mesh(devices=jax.devices()[:1])
     optimizer = optax.adamw(1e-3)
     model = Decoder(config, compute=Compute(remat="full"), rngs=nnx.Rngs(0))
     with jax.set_mesh(mesh):
         graphdef, state = create_state(place(model, model.compute, mesh), optimizer, nnx.Param, mesh)
-        step = make_step(SFT(), graphdef, state, optimizer, lambda _: 1e-3, max_grad_norm=1.0, num_micro_batches=1)
-        batch = put(make_batch(rows, length, vocab), mesh)
+        step = make_step(objective, graphdef, state, optimizer, lambda _: 1e-3, max_grad_norm=1.0, num_micro_batches=1)
+        batch = put(make(rows, length, vocab), mesh)
         memory = step.lower(state, batch).compile().memory_analysis()
     head_gradient = vocab * config.embed_dim * 4
-    assert memory.temp_size_in_bytes - head_gradient < rows * length * vocab * 4 / 10
+    temporaries, logits = memory.temp_size_in_bytes - head_gradient, rows * length * vocab * 4
+    print(f"temporaries {temporaries / 1e6:.0f} MB, logits {logits / 1e6:.0f} MB")
+    assert temporaries < logits / 10

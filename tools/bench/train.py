@@ -1,11 +1,12 @@
-"""SFT on this machine: jaxpost against TRL, alternating, same model, same rows in the same order, both float32.
+"""Training on this machine: jaxpost against TRL, alternating, same model, same rows in the same order, both float32.
 
-    python tools/bench/sft.py --model MODEL --dataset ROWS.jsonl [--rounds 3] [--steps 10] [--batch_size 4] [--lora 16]
+    python tools/bench/train.py --model MODEL --dataset ROWS.jsonl [--method dpo] [--rounds 3] [--steps 10]
+        [--batch_size 4] [--lora 16]
 
 Each round starts a fresh process for either library and trains a few steps through its own trainer, as a user would.
-tokens/s counts real tokens (no padding) from the end of step WARM on. Prints a line a run, the medians and their ratio,
-and writes everything to --output as JSON. With --lora both train an adapter of that rank on every linear layer (TRL
-through peft), and jaxpost's full fine-tuning is a third run. Needs the parity extra.
+tokens/s counts real tokens (no padding) and rows/s rows, or pairs, from the end of step WARM on. Prints a line a run,
+the medians and their ratio, and writes everything to --output as JSON. With --lora both train an adapter of that rank
+on every linear layer (TRL through peft), and jaxpost's full fine-tuning is a third run. Needs the parity extra.
 """
 
 import argparse
@@ -44,32 +45,35 @@ def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
     import jax
     from flax import nnx
 
-    from jaxpost import SFTConfig, SFTTrainer
+    import jaxpost
     from jaxpost.data.rows import take
     from jaxpost.data.sources import load_rows
 
     rows = take(load_rows(args.dataset, "train"), args.steps * args.batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
+        config_class, trainer_class = classes(jaxpost, args.method)
+        config = config_class(
             **shared(args, folder),
             length_buckets=args.length_buckets,
             gradient_checkpointing=args.gradient_checkpointing,
             report_to=["none"],
         )
-        trainer = SFTTrainer(args.model, config, rows, peft_config=adapter(args.lora) if args.lora else None)
+        peft_config = adapter(args.lora) if args.lora else None
+        trainer = trainer_class(args.model, args=config, train_dataset=rows, peft_config=peft_config)
         trained = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(trainer.model, trainer.trainable)))
         trainer.train()
         log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(row["step_time"] for row in log[WARM:])
     # float32: as many bytes of gradients as of parameters, and twice as many of AdamW's moments
-    return rate(seconds, log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"]) | {"trained_megabytes": 4 * trained / 1e6}
+    tokens = log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"]
+    return rate(args, seconds, tokens) | {"trained_megabytes": 4 * trained / 1e6}
 
 
 def run_trl(args: argparse.Namespace) -> dict[str, float]:
     import torch
+    import trl
     from datasets import load_dataset
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     ends: list[tuple[float, float]] = []
 
@@ -81,7 +85,8 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     rows = load_dataset("json", data_files=args.dataset, split="train").select(range(args.steps * args.batch_size))
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
+        config_class, trainer_class = classes(trl, args.method)
+        config = config_class(
             **shared(args, folder),
             bf16=args.trl_bf16,
             use_cpu=True,
@@ -89,13 +94,26 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
             disable_tqdm=True,
         )
         peft_config = adapter(args.lora) if args.lora else None
-        SFTTrainer(args.model, config, train_dataset=rows, callbacks=[Timer()], peft_config=peft_config).train()
+        data = {"train_dataset": rows, "peft_config": peft_config}
+        trainer_class(args.model, args=config, callbacks=[Timer()], **data).train()
     (begin, before), (end, after) = ends[WARM - 1], ends[-1]
-    return rate(end - begin, after - before)
+    return rate(args, end - begin, after - before)
 
 
-def rate(seconds: float, tokens: float) -> dict[str, float]:
-    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
+def classes(library: Any, method: str) -> tuple[Any, Any]:
+    """Config and trainer of a method, which either library calls the same."""
+    name = {"reward": "Reward"}.get(method, method.upper())
+    return getattr(library, f"{name}Config"), getattr(library, f"{name}Trainer")
+
+
+def rate(args: argparse.Namespace, seconds: float, tokens: float) -> dict[str, float]:
+    rows = (args.steps - WARM) * args.batch_size
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "rows_per_second": rows / seconds,
+    }
 
 
 def as_folder(model: str, where: Path) -> str:
@@ -114,7 +132,8 @@ def as_folder(model: str, where: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder, hub id or .gguf file")
-    parser.add_argument("--dataset", required=True, help="prompt-completion rows, .jsonl")
+    parser.add_argument("--dataset", required=True, help="rows of the method, .jsonl")
+    parser.add_argument("--method", default="sft", choices=["sft", "dpo", "kto", "reward"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=4)
@@ -124,7 +143,7 @@ def main() -> None:
     parser.add_argument("--trl_bf16", action="store_true", help="TRL's default autocast instead of float32")
     parser.add_argument("--lora", type=int, default=0, help="rank of an adapter to train; 0 for the whole model")
     parser.add_argument("--only", choices=["jaxpost", "trl"], help=argparse.SUPPRESS)
-    parser.add_argument("--output", default="sft.json")
+    parser.add_argument("--output", default="bench.json")
     args = parser.parse_args()
     if args.only:
         print(json.dumps({"jaxpost": run_jaxpost, "trl": run_trl}[args.only](args)))
@@ -138,9 +157,10 @@ def main() -> None:
                 command = [sys.executable, __file__, *sys.argv[1:], "--model", model, *library]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"{name:8} {runs[-1]['tokens_per_second']:7.1f} tokens/s", flush=True)
-    medians = {name: statistics.median(run["tokens_per_second"] for run in runs) for name, runs in results.items()}
-    print("median   " + ", ".join(f"{name} {median:.1f}" for name, median in medians.items()) + " tokens/s")
+                speeds = runs[-1]["tokens_per_second"], runs[-1]["rows_per_second"]
+                print("{:8} {:7.1f} tokens/s {:7.3f} rows/s".format(name, *speeds), flush=True)
+    medians = {name: statistics.median(run["rows_per_second"] for run in runs) for name, runs in results.items()}
+    print("median   " + ", ".join(f"{name} {median:.3f}" for name, median in medians.items()) + " rows/s")
     for name in [name for name in medians if name != "jaxpost"]:
         print(f"jaxpost is {medians['jaxpost'] / medians[name]:.2f}x {name}")
     if args.lora:

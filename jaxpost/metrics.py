@@ -32,6 +32,26 @@ def masked_mean(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> 
     return Mean(jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0)), jnp.sum(mask.astype(jnp.float32)))
 
 
+class Contrast(NamedTuple):
+    """The difference of two means that have not been divided yet; 0 while either has no values.
+
+    Attributes:
+        total, count: of the one.
+        other_total, other_count: of the other.
+    """
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    other_total: Float[Array, ""]
+    other_count: Float[Array, ""]
+
+    def value(self) -> Float[Array, ""]:
+        """The first mean less the second."""
+        both = (self.count > 0) & (self.other_count > 0)
+        means = Mean(self.total, self.count).value() - Mean(self.other_total, self.other_count).value()
+        return jnp.where(both, means, 0.0)
+
+
 class Least(NamedTuple):
     """The smallest value of a batch; infinite where there was none."""
 
@@ -44,7 +64,7 @@ class Greatest(NamedTuple):
     greatest: Float[Array, ""]
 
 
-Metric = Mean | Least | Greatest
+Metric = Mean | Contrast | Least | Greatest
 
 
 def loss_of(metrics: Mapping[str, Metric]) -> Mean:
@@ -66,7 +86,7 @@ def greatest(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Gre
 
 def over_parts(stacked: Mapping[str, Metric]) -> dict[str, Metric]:
     """The metrics of a batch from those of its parts, which are stacked along a leading axis."""
-    reductions = {Mean: jnp.sum, Least: jnp.min, Greatest: jnp.max}
+    reductions = {Mean: jnp.sum, Contrast: jnp.sum, Least: jnp.min, Greatest: jnp.max}
     return {name: jax.tree.map(partial(reductions[type(metric)], axis=0), metric) for name, metric in stacked.items()}
 
 
@@ -75,6 +95,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
+        self._contrasts: dict[str, tuple[float, float, float, float]] = {}
         self._extremes: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
@@ -83,17 +104,27 @@ class Tally:
             if isinstance(metric, Mean):
                 total, count = self._sums.get(name, (0.0, 0.0))
                 self._sums[name] = (total + float(metric.total), count + float(metric.count))
+            elif isinstance(metric, Contrast):
+                sums = zip(self._contrasts.get(name, (0.0,) * 4), metric, strict=True)
+                first, count, second, other_count = (total + float(part) for total, part in sums)
+                self._contrasts[name] = first, count, second, other_count
             else:
                 value, choose = float(metric[0]), min if isinstance(metric, Least) else max
                 self._extremes[name] = choose(value, self._extremes.get(name, value))
 
     def values(self) -> dict[str, float]:
         """The means, 0 where nothing was counted, and the extremes."""
-        return {name: total / count if count else 0.0 for name, (total, count) in self._sums.items()} | self._extremes
+        means = {name: total / count if count else 0.0 for name, (total, count) in self._sums.items()}
+        contrasts = {
+            name: first / count - second / other_count if count and other_count else 0.0
+            for name, (first, count, second, other_count) in self._contrasts.items()
+        }
+        return means | contrasts | self._extremes
 
     def clear(self) -> None:
         """Begin anew."""
         self._sums.clear()
+        self._contrasts.clear()
         self._extremes.clear()
 
 

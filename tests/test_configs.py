@@ -1,20 +1,32 @@
-"""Every YAML in configs/ runs one step, on the tiny model."""
+"""Every YAML in configs/ runs one step, on the tiny model, and says what it gave when it was run in full."""
 
 from pathlib import Path
 
 import pytest
 
 from jaxpost.cli import main
-from jaxpost.data.word_problems import write
+from jaxpost.data import word_problem_pairs, word_problems
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
+def method_of(path):
+    return path.stem.split("_")[0]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_runs_one_step(path, tiny_folder, tmp_path):
+    write = word_problems.write if method_of(path) == "sft" else word_problem_pairs.write_pairs
     write(tmp_path / "data", num_rows=40, seed=0)
-    method = path.stem.split("_")[0]
     given = f"--model_name_or_path {tiny_folder} --dataset_name {tmp_path / 'data'} --output_dir {tmp_path / 'out'}"
     small = "--max_steps 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --max_length 512"
-    assert main([method, "--config", str(path), *given.split(), *small.split(), "--report_to", "none"]) == 0
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert main([method_of(path), "--config", str(path), *given.split(), *small.split(), "--report_to", "none"]) == 0
+    weights = "adapter_model.safetensors" if "use_peft: true" in path.read_text() else "model.safetensors"
+    assert (tmp_path / "out" / weights).exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_header_says_how_it_was_run(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert [line.split(":")[0] for line in header[-3:]] == ["# command", "# hardware", "# expected"]
+    assert f" {method_of(path)} " in header[-3] or "tools/" in header[-3]

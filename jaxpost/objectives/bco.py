@@ -18,7 +18,7 @@ from jaxpost.errors import ConfigError
 from jaxpost.metrics import Mean, Metric, masked_mean
 from jaxpost.objectives.base import Batch, Model, ObjectiveBase
 from jaxpost.objectives.bco_losses import bco_loss
-from jaxpost.objectives.judged_metrics import judged_metrics, margin_share
+from jaxpost.objectives.judged_metrics import judged_metrics
 from jaxpost.objectives.logps import score_batch
 from jaxpost.objectives.sequences import exists, per_example, sequence_logps
 from jaxpost.options import option
@@ -55,7 +55,6 @@ class BCO(ObjectiveBase):
             **batch,
             "rewards_total": batch["rewards_total"] + seen,
             "rewards_count": batch["rewards_count"] + jnp.sum(present),
-            "margin_share": margin_share(batch),
         }
 
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, Mapping[str, Metric]]:

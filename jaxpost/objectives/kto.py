@@ -17,7 +17,7 @@ from jaxtyping import Float
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Mean, Metric, masked_mean
 from jaxpost.objectives.base import Batch, Model, ObjectiveBase
-from jaxpost.objectives.judged_metrics import judged_metrics, margin_share
+from jaxpost.objectives.judged_metrics import judged_metrics
 from jaxpost.objectives.kto_losses import apo_zero_unpaired, kl_estimate, kto_loss
 from jaxpost.objectives.logps import score_batch
 from jaxpost.objectives.sequences import exists, per_example, sequence_logps
@@ -63,7 +63,7 @@ class KTO(ObjectiveBase):
         if "ref_logps" not in batch:
             assert reference is not None
             batch = {**batch, "ref_logps": sequence_logps(reference, batch)}
-        return {**batch, "kl": jnp.broadcast_to(kl, present.shape), "margin_share": margin_share(batch)}
+        return {**batch, "kl": jnp.broadcast_to(kl, present.shape)}
 
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, Mapping[str, Metric]]:
         scores, mask, balance = score_batch(model, batch, details=True)

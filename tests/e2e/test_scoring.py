@@ -104,6 +104,9 @@ def test_evaluation_later_says_what_the_run_said(tiny_folder, data, tmp_path, ca
     of_the_run = ("eval_delta", "eval_loss") if method == "bco" else ()  # the shift is of the training rows
     for name in found.keys() - {*of_the_run}:
         np.testing.assert_allclose(found[name], logged[name], rtol=2e-5, atol=2e-6, err_msg=name)
+    if method in ("kto", "bco"):  # whose batches hold one label each
+        margin = found["eval_rewards/chosen"] - found["eval_rewards/rejected"]
+        assert found["eval_rewards/margins"] == pytest.approx(margin, abs=1e-6) != 0
     printed = capsys.readouterr().out
     assert f"eval_loss {found['eval_loss']:.6g}" in printed
     if method in ("dpo", "reward"):

@@ -12,7 +12,7 @@ from jaxpost.data.loader import Loader
 from jaxpost.data.packing import units
 from jaxpost.data.store import stored
 from jaxpost.errors import ConfigError
-from jaxpost.metrics import Least, Mean, over_parts
+from jaxpost.metrics import Contrast, Least, Mean, Tally, over_parts
 from jaxpost.objectives.bco import BCO
 from jaxpost.objectives.cpo import CPO
 from jaxpost.objectives.dpo import DPO
@@ -95,7 +95,9 @@ def computed(name, batch, num_parts=1):
         return over_parts(stacked), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), gradients)
 
     metrics, gradient = run(state, batch)
-    values = {key: metric.value() if isinstance(metric, Mean) else metric[0] for key, metric in metrics.items()}
+    values = {
+        key: metric.value() if isinstance(metric, Mean | Contrast) else metric[0] for key, metric in metrics.items()
+    }
     return values, jax.tree.map(lambda g: g / metrics["loss"].count, gradient)
 
 
@@ -136,6 +138,19 @@ def test_extremes_are_those_of_all_parts():
     stacked = {"low": Least(jnp.asarray([3.0, 1.0])), "mean": Mean(jnp.asarray([1.0, 2.0]), jnp.asarray([1.0, 1.0]))}
     reduced = over_parts(stacked)
     assert reduced["low"] == Least(jnp.asarray(1.0)) and reduced["mean"].value() == 1.5
+
+
+def test_a_difference_of_means_is_that_of_all_batches():
+    """Also where each batch has values of one side only."""
+    tally, sums = Tally(), [(6.0, 2.0, 0.0, 0.0), (0.0, 0.0, 3.0, 3.0), (2.0, 2.0, 0.0, 0.0)]
+    for values in sums[:1]:
+        tally.add({"margin": Contrast(*map(jnp.asarray, values))})
+    assert tally.values() == {"margin": 0.0}
+    for values in sums[1:]:
+        tally.add({"margin": Contrast(*map(jnp.asarray, values))})
+    assert tally.values() == {"margin": 1.0}
+    stacked = Contrast(*map(jnp.asarray, zip(*sums, strict=True)))
+    assert over_parts({"margin": stacked})["margin"].value() == 1.0
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def encode_compared(
     rows: Rows, tokenizer: Any, config: Any, *, vocab_size: int, training: bool, num_packs: int | None = None
 ) -> Encoded:
     """Preference rows as pairs of examples."""
-    return _encode_units(encode_pairs, 2, "margin", rows, tokenizer, config, vocab_size, num_packs)
+    shared = bool(config.share_prompts)
+    return _encode_units(encode_pairs, 2, "margin", rows, tokenizer, config, vocab_size, num_packs, branches=shared)
 
 
 def encode_unpaired(
@@ -92,6 +93,8 @@ def _encode_units(
     config: Any,
     vocab_size: int,
     num_packs: int | None,
+    *,
+    branches: bool = False,
 ) -> Encoded:
     """Units of so many examples; what the batches tell of each example is its value, by the name `fact`."""
     data = part_of(config, LengthConfig)
@@ -101,7 +104,7 @@ def _encode_units(
         return flattened(encode(rows, tokenizer, data, name=rows.name, **options))
 
     store, notes = _stored(examples, rows, tokenizer, config, vocab_size, fact, data)
-    return Encoded(units(store, size, {fact: store.values}), False, notes)
+    return Encoded(units(store, size, {fact: store.values}, branches=branches), False, notes)
 
 
 def _stored(

@@ -13,7 +13,7 @@ from jaxpost.base_model import open_base
 from jaxpost.data.rows import Rows
 from jaxpost.data.sources import load_rows
 from jaxpost.errors import ConfigError
-from jaxpost.methods import Method, with_router_coef
+from jaxpost.methods import Method, suited_to
 from jaxpost.metrics import wilson_interval
 from jaxpost.models.adapters import active_config
 from jaxpost.models.pretrained import open_source
@@ -50,7 +50,7 @@ def run_evaluate(method: Method, args: Any) -> dict[str, float]:
     base = open_base(None, args, None, mesh, head=method.head)
     if not open_source(args.model_name_or_path, args.model_revision).has_trained_head(method.head):
         raise ConfigError(f"{args.model_name_or_path} has no trained reward head; train one with jaxpost {method.name}")
-    args = with_router_coef(args, base.config)
+    args = suited_to(args, base.config)
     objective: Objective = part_of(args, method.objective)
     pipeline = Pipeline(method, args, base.tokenizer, base.vocab_size, batch_groups(mesh), base.notes)
     loader = pipeline.eval_loader(held_out_rows(args))

@@ -90,7 +90,16 @@ class CompletionsConfig(TrainConfig, LengthConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(CompletionsConfig, ReferenceConfig, DPO):
+class PairsConfig(CompletionsConfig):
+    """What the methods share that compare two completions of a prompt."""
+
+    share_prompts: bool | None = option(
+        None, "Read a prompt once for its completions; by default where the model allows it without a difference."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(PairsConfig, ReferenceConfig, DPO):
     """Direct preference optimisation; names and defaults are TRL's."""
 
 
@@ -107,12 +116,12 @@ class BCOConfig(CompletionsConfig, ReferenceConfig, BCO):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ORPOConfig(CompletionsConfig, ORPO):
+class ORPOConfig(PairsConfig, ORPO):
     """Odds-ratio preference optimisation; names and defaults are TRL's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPOConfig(CompletionsConfig, CPO):
+class CPOConfig(PairsConfig, CPO):
     """Contrastive preference optimisation; names and defaults are TRL's."""
 
 
@@ -127,7 +136,7 @@ class SimPOConfig(CPOConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(CompletionsConfig, Reward):
+class RewardConfig(PairsConfig, Reward):
     """Reward models; names and defaults are TRL's, where pairs that are too long are left out."""
 
     learning_rate: float = option(1e-4, "Peak learning rate.")
@@ -175,12 +184,29 @@ METHODS: dict[str, Method] = {
 }
 
 
-def with_router_coef(config: Any, model: ModelConfig) -> Any:
-    """The config with `router_aux_loss_coef` as a number: by default the model's own, 0 where it has no experts.
+def suited_to(config: Any, model: ModelConfig) -> Any:
+    """The config with a value where it leaves one to the model: `router_aux_loss_coef` and `share_prompts`.
 
     Raises:
-        ConfigError: negative or not finite, or for a model without experts.
+        ConfigError: a value that this model cannot have.
     """
+    return _with_shared_prompts(_with_router_coef(config, model), model)
+
+
+def _with_shared_prompts(config: Any, model: ModelConfig) -> Any:
+    """Prompts are shared unless that changes what the model says."""
+    if not isinstance(config, PairsConfig):
+        return config
+    if config.share_prompts and not model.reads_branches:
+        kind = model.hf.get("model_type", "this")
+        raise ConfigError(f"share_prompts: a {kind} model reads a prompt differently for each completion; leave it out")
+    if config.share_prompts is None:
+        return dataclasses.replace(config, share_prompts=model.reads_branches)
+    return config
+
+
+def _with_router_coef(config: Any, model: ModelConfig) -> Any:
+    """The model's own by default, 0 where it has no experts."""
     own, asked = model.experts.balance_coef if model.experts else 0.0, config.router_aux_loss_coef
     if asked is None:
         return dataclasses.replace(config, router_aux_loss_coef=own)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from jaxpost.base_model import open_base
 from jaxpost.data.mixture import type_of
-from jaxpost.methods import Method, config_yaml
+from jaxpost.methods import Method, config_yaml, suited_to
 from jaxpost.pipeline import Pipeline
 from jaxpost.sharding import batch_groups, make_mesh
 
@@ -32,6 +32,7 @@ def run_preview(method: Method, args: Any, console: Console | None = None) -> No
     console = console or Console(highlight=False, soft_wrap=True)
     mesh = make_mesh(args.mesh)
     base = open_base(None, args, None, mesh)
+    args = suited_to(args, base.config)
     pipeline = Pipeline(method, args, base.tokenizer, base.vocab_size, batch_groups(mesh), base.notes)
     train_rows, eval_rows = pipeline.rows()
     train, held_out = pipeline.loaders(train_rows, eval_rows)
@@ -53,10 +54,14 @@ def run_preview(method: Method, args: Any, console: Console | None = None) -> No
 
 
 def examples_of(batch: dict[str, np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens [T] and loss mask [T] of each example of a batch, row by row."""
-    for tokens, segments, loss_mask in zip(batch["tokens"], batch["segments"], batch["loss_mask"], strict=True):
+    """Tokens [T] and loss mask [T] of each example of a batch, row by row; those of branches with their prompts."""
+    columns = (batch[name] for name in ("tokens", "loss_mask", "segments", "positions"))
+    for tokens, loss_mask, segments, positions in zip(*columns, strict=True):
+        trunk = tokens[:0]
         for segment in range(1, segments.max() + 1):
-            yield tokens[segments == segment], loss_mask[segments == segment]
+            own, mask, start = tokens[segments == segment], loss_mask[segments == segment], positions[segments == segment][0]
+            trunk = trunk if start else own
+            yield np.append(trunk[:start], own), np.append(np.zeros(start), mask)
 
 
 def painted(tokenizer: Any, tokens: np.ndarray, loss_mask: np.ndarray, is_coloured: bool) -> Text:

@@ -20,7 +20,7 @@ from jaxpost.data.loader import Loader
 from jaxpost.data.rows import as_rows
 from jaxpost.encode import Encoded
 from jaxpost.errors import ConfigError
-from jaxpost.methods import CompletionsConfig, Method, changed_fields, config_yaml, with_router_coef
+from jaxpost.methods import CompletionsConfig, Method, changed_fields, config_yaml, suited_to
 from jaxpost.models.adapters import active_config
 from jaxpost.models.export import save_pretrained
 from jaxpost.models.lora import trainable_filter, with_dropout
@@ -89,7 +89,7 @@ class Trainer:
         lora = lora if peft_config is None else as_lora_config(peft_config)
         self.base = open_base(model, self.args, processing_class, self.mesh, lora, method.head)
         self.processing_class, self.notes = self.base.tokenizer, self.base.notes
-        self.args = with_router_coef(self.args, self.base.config)
+        self.args = suited_to(self.args, self.base.config)
         self.objective: Objective = part_of(self.args, method.objective)
         self.pipeline = Pipeline(
             method,

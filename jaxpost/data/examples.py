@@ -29,11 +29,13 @@ class Example(NamedTuple):
         loss_mask: bool [T]; True where this token is a training target, predicted from the tokens before it. The first
             token has none before it, so it is never one.
         value: what the method knows of it beside: a label, a margin.
+        start: tokens before its own that it shares with the example at the beginning of its pack.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     value: float = 0.0
+    start: int = 0
 
 
 Unit = tuple[Example, ...]  # examples that are kept or left out together

@@ -263,8 +263,8 @@ def collate(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> dict
     """Put examples one after the other into rows, padded on the right: [B, T] = [len(rows), length].
 
     Returns:
-        tokens int32; positions int32, from 0 in each example; segments int32, 1, 2, ... by example and 0 for padding;
-        loss_mask float32, 1 where the token is a training target.
+        tokens int32; positions int32, from its `start` in each example; segments int32, 1, 2, ... by example and 0 for
+        padding; loss_mask float32, 1 where the token is a training target.
     """
     tokens = np.full((len(rows), length), pad_id, np.int32)
     positions, segments = np.zeros((2, len(rows), length), np.int32)
@@ -274,7 +274,7 @@ def collate(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> dict
         for segment, example in enumerate(examples, start=1):
             part = slice(begin, begin + len(example.tokens))
             tokens[row, part] = example.tokens
-            positions[row, part] = np.arange(len(example.tokens))
+            positions[row, part] = np.arange(example.start, example.start + len(example.tokens))
             segments[row, part] = segment
             loss_mask[row, part] = example.loss_mask
             begin = part.stop

@@ -118,12 +118,14 @@ def _wrap(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[Piece
 class Packs(Sequence[tuple[Example, ...]]):
     """Pieces of stored examples that stay together in a row; `packs[i]` reads those of one.
 
-    A piece that begins inside of an example has lost what came before, so its first token is no target.
+    The first token of a piece that begins inside of an example is no target. What came before is lost, unless the pack
+    branches: there it is what the first piece of the pack begins with.
 
     Args:
         examples: stored.
         pieces: int64 [P, 3], the fields of Piece; those of a pack follow each other.
         ends: int64 [N], where each pack ends among the pieces.
+        branches: whether packs branch.
         facts: float32 [len(examples)] each, what batches tell of every example, by column; None where examples do not
             count for themselves.
 
@@ -132,9 +134,15 @@ class Packs(Sequence[tuple[Example, ...]]):
     """
 
     def __init__(
-        self, examples: Store, pieces: np.ndarray, ends: np.ndarray, facts: Mapping[str, np.ndarray] | None = None
+        self,
+        examples: Store,
+        pieces: np.ndarray,
+        ends: np.ndarray,
+        facts: Mapping[str, np.ndarray] | None = None,
+        *,
+        branches: bool = False,
     ) -> None:
-        self.examples, self.facts, self._pieces, self._ends = examples, facts, pieces, ends
+        self.examples, self.facts, self._pieces, self._ends, self._branches = examples, facts, pieces, ends, branches
         totals = np.cumsum(self._pieces[:, 2] - self._pieces[:, 1])
         self.sizes = np.diff(totals[self._ends - 1], prepend=0)
 
@@ -175,12 +183,12 @@ class Packs(Sequence[tuple[Example, ...]]):
         return float(self.sizes.sum()) / max(1, len(self) * capacity)
 
     def _cut(self, example: int, start: int, stop: int) -> Example:
-        tokens, mask, value = self.examples[example]
-        tokens, mask = tokens[start:stop], mask[start:stop]
+        whole = self.examples[example]
+        tokens, mask = whole.tokens[start:stop], whole.loss_mask[start:stop]
         if start:
             mask = mask.copy()
             mask[0] = False
-        return Example(tokens, mask, value)
+        return Example(tokens, mask, whole.value, start if self._branches else 0)
 
 
 def first_tokens(examples: Iterable[Example], count: int) -> Iterator[Example]:
@@ -192,14 +200,34 @@ def first_tokens(examples: Iterable[Example], count: int) -> Iterator[Example]:
             return
 
 
-def units(examples: Store, size: int, facts: Mapping[str, np.ndarray] | None) -> Packs:
+def units(examples: Store, size: int, facts: Mapping[str, np.ndarray] | None, *, branches: bool = False) -> Packs:
     """So many examples at a time, each of which counts for itself: with 2, the pairs of a store that holds pairs.
 
-    `facts` are those of Packs.
+    Args:
+        examples: stored.
+        size: examples of a unit.
+        facts: those of Packs.
+        branches: a unit has once what its examples begin with alike.
     """
     numbers = np.arange(len(examples))
-    pieces = np.stack([numbers, 0 * numbers, examples.lengths], axis=1)
-    return Packs(examples, pieces, numbers[size - 1 :: size] + 1, facts)
+    starts = _branch_starts(examples, size) if branches else 0 * numbers
+    pieces = np.stack([numbers, starts, examples.lengths], axis=1)
+    return Packs(examples, pieces, numbers[size - 1 :: size] + 1, facts, branches=branches)
+
+
+def _branch_starts(examples: Store, size: int) -> np.ndarray:
+    """Where each example leaves the first one of its unit, int64 [N]; 0 for these themselves.
+
+    A branch begins with the token before the first that differs or is a target in either, to predict that one from.
+    """
+    starts = np.zeros(len(examples), np.int64)
+    for first in range(0, len(examples), size):
+        trunk = examples[first].tokens
+        for branch in range(first + 1, first + size):
+            limit = min(examples.starts[first], examples.starts[branch])
+            differs = np.flatnonzero(trunk[:limit] != examples[branch].tokens[:limit])
+            starts[branch] = max(0, int(differs[0] if len(differs) else limit) - 1)
+    return starts
 
 
 def singles(examples: Store) -> Packs:

@@ -27,6 +27,7 @@ from jaxpost.locks import locked
 from jaxpost.options import option
 
 BATCH = 1000  # examples that are written at a time
+COLUMNS = ("tokens", "loss_mask", "value")  # of an Example
 SUFFIX, UNFINISHED = ".arrow", ".writing"
 KEPT_SECONDS = 30 * 24 * 3600  # since an entry was last used
 ABANDONED_SECONDS = 3600  # since an unfinished file was last written to
@@ -67,7 +68,7 @@ class Store(Sequence[Example]):
         metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)[1] or {}
         noted = json.loads(metadata[b"noted"])
         self.facts, self.digest = noted["facts"], noted["digest"]
-        columns = [[batch.column(name) for name in Example._fields] for batch in batches]
+        columns = [[batch.column(name) for name in COLUMNS] for batch in batches]
         self._offsets = [tokens.offsets.to_numpy() for tokens, *_ in columns]
         self._parts = [(tokens.values.to_numpy(), masks.values.to_numpy().view(bool)) for tokens, masks, _ in columns]
         self.values = np.concatenate([np.array([], np.float32), *(values.to_numpy() for *_, values in columns)])
@@ -156,7 +157,7 @@ def _write(file: IO[bytes], examples: Iterable[Example], facts: Callable[[], dic
     import pyarrow as pa
 
     kinds = pa.list_(pa.int32()), pa.list_(pa.uint8()), pa.float32()
-    schema = pa.schema(zip(Example._fields, kinds, strict=True))
+    schema = pa.schema(zip(COLUMNS, kinds, strict=True))
     source, found = iter(examples), _Digest()
     with pa.ipc.new_file(file, schema) as writer:
         while part := list(islice(source, BATCH)):

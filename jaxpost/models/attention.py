@@ -1,8 +1,10 @@
 """Attention behind one signature; kernels are chosen by platform and can be named.
 
 A query sees a key of the same segment at the same or an earlier position, no further back than the layer's window.
-Segments keep packed documents apart; segment 0 is padding, whose outputs nobody reads. Within a document positions
-count up by one from token to token.
+Segments keep packed documents apart; segment 0 is padding, whose outputs nobody reads. Within a segment positions
+count up by one from token to token. A document's first segment begins at position 0. One that begins further on is a
+branch: it continues what the document's first segment says before that position, so that a prompt is read once for all
+its completions.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from jaxtyping import Float, Int
 from jaxpost.options import one_of
 
 BLOCK = 128  # queries, and keys, of a tile of the XLA kernel
+CACHE_TILE = 64  # slots of a cache
 NEGATIVE = -1e30  # finite: a row that sees nothing stays free of NaN
 RESIDUALS = "attention"  # checkpoint name of what the backward pass needs besides its inputs
 
@@ -27,11 +30,39 @@ class Places(NamedTuple):
 
     Attributes:
         positions: [B, T] place in the document.
-        segments: [B, T] number of the document; 0 is padding.
+        segments: [B, T] number of the segment; 0 is padding.
     """
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]
+
+
+class Views(NamedTuple):
+    """What each token sees.
+
+    Attributes:
+        positions, segments: as of Places.
+        trunks: [B, T] the first segment of its document.
+        starts: [B, T] tokens of the trunk that it sees although it stands in a branch; 0 in the trunk itself.
+        begins: [B, T] index in the row of its document's first token.
+    """
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    trunks: Int[Array, "B T"]
+    starts: Int[Array, "B T"]
+    begins: Int[Array, "B T"]
+
+
+def views_of(places: Places) -> Views:
+    """Find the documents of rows, and where they branch."""
+    positions, segments = places
+    index = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
+    first = (segments != jnp.roll(segments, 1, axis=1)) | (index == 0)
+    opens = (first & (positions == 0)) | (segments == 0)
+    begins, of_segment = (lax.cummax(jnp.where(x, index, 0), axis=1) for x in (opens, first))
+    starts = jnp.where(of_segment > begins, jnp.take_along_axis(positions, of_segment, axis=1), 0)
+    return Views(positions, segments, jnp.take_along_axis(segments, begins, axis=1), starts, begins)
 
 
 def attention(
@@ -64,9 +95,9 @@ def attention(
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     pad = [(0, 0)] * 3 + [(0, room), (0, 0)]
     query, key, value = (jnp.pad(x, pad) for x in (grouped, *(x.swapaxes(1, 2)[:, :, None] for x in (key, value))))
-    places = Places(*(jnp.pad(x, pad[2:4]) for x in places))
+    views = views_of(Places(*(jnp.pad(x, pad[2:4]) for x in places)))
     run = KERNELS[one_of("attn_implementation", kernel, tuple(KERNELS))]
-    out = run(softcap, query * scale, key[:, :, 0], value[:, :, 0], places, window)
+    out = run(softcap, query * scale, key[:, :, 0], value[:, :, 0], views, window)
     return out[:, :, :, :length].transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
@@ -80,17 +111,27 @@ def attend_cache(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B H d"]:
-    """Attention of one new token a row to the first `lengths` slots of its cache; scores in float32."""
-    batch, heads, dim = query.shape
-    grouped = query.reshape(batch, keys.shape[2], -1, dim)
-    scores = jnp.einsum("bkgd,bskd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
-    scores = _capped(scores, softcap)
-    slots = jnp.arange(keys.shape[1])
-    visible = slots < lengths[:, None]
-    if window is not None:
-        visible &= slots >= lengths[:, None] - window
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, NEGATIVE), axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgs,bskd->bkgd", weights, values).reshape(batch, heads, dim)
+    """Attention of one new token a row to the first `lengths` slots of its cache; scores in float32.
+
+    Of the cache only that part is read that the longest row fills, to a quarter.
+    """
+
+    def attend(size: int, query: Array, keys: Array, values: Array) -> Array:
+        keys, values = keys[:, :size], values[:, :size]
+        grouped = query.reshape(len(query), keys.shape[2], -1, query.shape[2])
+        scores = jnp.einsum("bkgd,bskd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
+        scores = _capped(scores, softcap)
+        slots = jnp.arange(size)
+        visible = slots < lengths[:, None]
+        if window is not None:
+            visible &= slots >= lengths[:, None] - window
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, NEGATIVE), axis=-1).astype(values.dtype)
+        return jnp.einsum("bkgs,bskd->bkgd", weights, values).reshape(query.shape)
+
+    length = keys.shape[1]
+    sizes = sorted({min(length, -(-length * quarter // 4 // CACHE_TILE) * CACHE_TILE) for quarter in range(1, 5)})
+    reached = jnp.searchsorted(jnp.asarray(sizes), jnp.minimum(jnp.max(lengths), length))
+    return lax.switch(reached, [partial(attend, size) for size in sizes], query, keys, values)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,30 +140,30 @@ def _tiled(
     query: Float[Array, "B K G T d"],
     key: Float[Array, "B K T d"],
     value: Float[Array, "B K T d"],
-    places: Places,
+    views: Views,
     window: Int[Array, ""] | None,
 ) -> Float[Array, "B K G T d"]:
     """FlashAttention in plain XLA (Dao et al., 2022, arXiv:2205.14135): tiles of scores, none kept.
 
-    Tiles above the diagonal, beyond the window and of earlier documents only are skipped at run time.
+    Tiles above the diagonal, beyond the window and of other documents or branches only are skipped at run time.
     """
-    return _tiled_forward(softcap, query, key, value, places, window)[0]
+    return _tiled_forward(softcap, query, key, value, views, window)[0]
 
 
 def _tiled_forward(
-    softcap: float | None, query: Array, key: Array, value: Array, places: Places, window: Array | None
+    softcap: float | None, query: Array, key: Array, value: Array, views: Views, window: Array | None
 ) -> tuple[Array, tuple]:
     """Running maximum, mass and weighted sum over the tiles of keys; row statistics are [B, K, G, T, 1]."""
     size = min(BLOCK, query.shape[3])
-    starts = _first_tiles(places, window, size)
+    tiles = _seen_tiles(views, window, size)
     tile_scores = partial(_scores, softcap, window, size)
 
     def row(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         tile_query = _window(query, index, size)
 
-        def column(other: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            peak, mass, out = sums
-            scores, _ = tile_scores(tile_query, key, places, index, other)
+        def column(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            other, (peak, mass, out) = tiles.numbers[index, number], sums
+            scores, _ = tile_scores(tile_query, key, views, index, other)
             new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_peak), jnp.exp(peak - new_peak)
             part = _matmul("bkgts,bksd->bkgtd", weights.astype(value.dtype), _window(value, other, size))
@@ -130,7 +171,7 @@ def _tiled_forward(
 
         statistic = (*tile_query.shape[:-1], 1)
         empty = (jnp.full(statistic, NEGATIVE), jnp.zeros(statistic), jnp.zeros(tile_query.shape))
-        peak, mass, out = lax.fori_loop(starts[index], index + 1, column, empty)
+        peak, mass, out = lax.fori_loop(0, tiles.counts[index], column, empty)
         new = (out / mass).astype(query.dtype), peak + jnp.log(mass)
         whole, normalizer = (_put_window(old, part, index, size) for old, part in zip(results, new, strict=True))
         return whole, normalizer
@@ -138,13 +179,13 @@ def _tiled_forward(
     start = (jnp.zeros_like(query), jnp.zeros((*query.shape[:-1], 1), jnp.float32))
     out, normalizer = lax.fori_loop(0, query.shape[3] // size, row, start)
     out, normalizer = checkpoint_name(out, RESIDUALS), checkpoint_name(normalizer, RESIDUALS)
-    return out, (query, key, value, places, window, out, normalizer)
+    return out, (query, key, value, views, window, out, normalizer)
 
 
 def _tiled_backward(softcap: float | None, saved: tuple, gradient: Array) -> tuple[Array, Array, Array, None, None]:
-    query, key, value, places, window, out, normalizer = saved
+    query, key, value, views, window, out, normalizer = saved
     size = min(BLOCK, query.shape[3])
-    starts = _first_tiles(places, window, size)
+    tiles = _seen_tiles(views, window, size)
     tile_scores = partial(_scores, softcap, window, size)
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
@@ -154,10 +195,10 @@ def _tiled_backward(softcap: float | None, saved: tuple, gradient: Array) -> tup
             _window(x, index, size) for x in (query, gradient, normalizer, delta)
         )
 
-        def column(other: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            of_tile, of_key, of_value = sums
+        def column(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            other, (of_tile, of_key, of_value) = tiles.numbers[index, number], sums
             tile_key, tile_value = _window(key, other, size), _window(value, other, size)
-            scores, slope = tile_scores(tile_query, key, places, index, other)
+            scores, slope = tile_scores(tile_query, key, views, index, other)
             weights = jnp.exp(scores - tile_normalizer)
             of_weights = _matmul("bkgtd,bksd->bkgts", tile_gradient, tile_value)
             of_scores = (weights * (of_weights - tile_delta) * slope).astype(query.dtype)
@@ -170,7 +211,7 @@ def _tiled_backward(softcap: float | None, saved: tuple, gradient: Array) -> tup
             )
 
         begin = (jnp.zeros(tile_query.shape), of_key, of_value)
-        of_tile, of_key, of_value = lax.fori_loop(starts[index], index + 1, column, begin)
+        of_tile, of_key, of_value = lax.fori_loop(0, tiles.counts[index], column, begin)
         return _put_window(of_query, of_tile.astype(query.dtype), index, size), of_key, of_value
 
     start = (jnp.zeros_like(query), jnp.zeros(key.shape), jnp.zeros(value.shape))
@@ -181,13 +222,36 @@ def _tiled_backward(softcap: float | None, saved: tuple, gradient: Array) -> tup
 _tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
-def _first_tiles(places: Places, window: Array | None, size: int) -> Int[Array, "tiles"]:
-    """For each tile of queries the first tile of keys that any row needs: where its first token's view begins."""
-    first = jnp.arange(0, places.positions.shape[1], size)
-    begins = jnp.min(first - places.positions[:, ::size], axis=0)
-    if window is not None:
-        begins = jnp.maximum(begins, first - window + 1)
-    return jnp.maximum(begins, 0) // size
+class SeenTiles(NamedTuple):
+    """The tiles of keys that each tile of queries needs.
+
+    Attributes:
+        numbers: [tiles, tiles] in each row those that are needed come first, in order.
+        counts: [tiles] how many they are.
+    """
+
+    numbers: Int[Array, "tiles tiles"]
+    counts: Int[Array, "tiles"]
+
+
+def _seen_tiles(views: Views, window: Array | None, size: int) -> SeenTiles:
+    """Which tiles any row needs: those that may hold tokens of the same segments, or of the trunks of branches."""
+    tiled = Views(*(x.reshape(len(x), -1, size) for x in views))
+    begins = tiled.begins if window is None else tiled.begins + jnp.maximum(tiled.positions - window + 1, 0)
+    lows, highs = _range(tiled.segments, tiled.segments > 0)
+    trunk_lows, trunk_highs = _range(tiled.trunks, tiled.starts > 0)
+    shared = (lows[:, :, None] <= highs[:, None]) & (highs[:, :, None] >= lows[:, None])
+    shared |= (trunk_lows[:, :, None] <= highs[:, None]) & (trunk_highs[:, :, None] >= lows[:, None])
+    order = jnp.arange(tiled.segments.shape[1])
+    within = (order + 1) * size > jnp.min(begins, axis=2)[:, :, None]
+    needed = (jnp.any(shared & within, axis=0) & (order < order[:, None])) | (order == order[:, None])
+    return SeenTiles(jnp.argsort(~needed, axis=1, stable=True), jnp.sum(needed, axis=1))
+
+
+def _range(values: Int[Array, "B tiles size"], mask: Array) -> tuple[Int[Array, "B tiles"], Int[Array, "B tiles"]]:
+    """Least and greatest value of each tile where the mask is True; an empty range where it never is."""
+    limit = jnp.iinfo(values.dtype).max
+    return jnp.min(jnp.where(mask, values, limit), axis=2), jnp.max(jnp.where(mask, values, -limit), axis=2)
 
 
 def _scores(
@@ -196,14 +260,16 @@ def _scores(
     size: int,
     query: Array,
     key: Array,
-    places: Places,
+    views: Views,
     row: Array,
     column: Array,
 ) -> tuple[Array, Array | float]:
     """Masked float32 scores of a tile, and their derivative by the scores before the soft cap."""
-    ours, theirs = (Places(*(_window(x[..., None], i, size)[..., 0] for x in places)) for i in (row, column))
-    distance = ours.positions[:, :, None] - theirs.positions[:, None, :]
-    visible = (ours.segments[:, :, None] == theirs.segments[:, None, :]) & (distance >= 0)
+    ours, theirs = (Views(*(lax.dynamic_slice_in_dim(x, i * size, size, axis=1) for x in views)) for i in (row, column))
+    segments, positions = theirs.segments[:, None, :], theirs.positions[:, None, :]
+    distance = ours.positions[:, :, None] - positions
+    visible = (ours.segments[:, :, None] == segments) & (distance >= 0)
+    visible |= (ours.trunks[:, :, None] == segments) & (positions < ours.starts[:, :, None])
     if window is not None:
         visible &= distance < window
     scores = _capped(_matmul("bkgtd,bksd->bkgts", query, _window(key, column, size)), softcap)

@@ -34,6 +34,11 @@ class Rotary:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on how long the text is."""
+        return self.kind in ("dynamic", "longrope")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
@@ -107,6 +112,14 @@ class ModelConfig:
     logit_softcap: float | None = None
     experts: Experts | None = None
     hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def reads_branches(self) -> bool:
+        """Whether a prompt that is read once for several completions gives what it gives when it is read for each.
+
+        Otherwise the routers of experts see its tokens less often, or its keys are turned for the length of one text.
+        """
+        return self.experts is None and not any(rotary.by_length for rotary in self.rotaries)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from jaxpost.models.config import Rotary
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-BY_LENGTH = ("dynamic", "longrope")  # their frequencies depend on how long the text is
 
 
 class Angles(NamedTuple):

@@ -18,7 +18,7 @@ from jaxpost.models.config import Compute, ModelConfig
 from jaxpost.models.layers import MLP, Embed, Head, Linear, RMSNorm
 from jaxpost.models.lora import Adapters
 from jaxpost.models.moe import MoE, Routing, balance_loss, balance_terms
-from jaxpost.models.rotary import BY_LENGTH, apply_rotary, rotary_angles, text_lengths
+from jaxpost.models.rotary import apply_rotary, rotary_angles, text_lengths
 from jaxpost.sharding import constrain
 
 HEADS = ("lm", "reward")
@@ -158,9 +158,9 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
         """Final hidden states, and the load-balancing loss of the routers (0 without experts).
 
-        Documents of different `segments` never see each other.
+        Documents of different `segments` never see each other; where a document may branch, `models.attention` says.
         """
-        by_length = any(rotary.kind in BY_LENGTH for rotary in self.config.rotaries)
+        by_length = any(rotary.by_length for rotary in self.config.rotaries)
         lengths = text_lengths(positions, segments).reshape(-1) if by_length else 0
         h, _, balance = self._walk(tokens, positions, segments, lengths, with_cache=False)
         return h, balance

@@ -49,21 +49,21 @@ def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
 
 
 def score_batch(
-    model: Model, batch: Batch, *, details: bool = False
+    model: Model, batch: Batch, **options: Any
 ) -> tuple[TokenScores, Bool[Array, "B T"], Float[Array, ""]]:
     """Run the model over a batch and score its trained tokens; position t scores token t + 1.
 
     Args:
         model: a language model.
         batch: tokens, positions, segments, loss_mask.
-        details: as of `score_tokens`.
+        options: of `score_tokens`.
 
     Returns:
         (scores, mask of the trained tokens, load-balancing loss of the model's routers).
     """
     targets, mask = next_tokens(batch)
     h, balance = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
-    return score_tokens(model, h, targets, mask, details=details), mask, balance
+    return score_tokens(model, h, targets, mask, **options), mask, balance
 
 
 def score_tokens(

@@ -17,6 +17,13 @@ def membership(segments: Int[Array, "B T"], count: int) -> Bool[Array, "B T S"]:
     return segments[:, :, None] == jnp.arange(1, count + 1)
 
 
+def num_tokens(batch: Batch) -> Int[Array, ""]:
+    """Tokens of all examples, where one that branches off a prompt has its prompt too."""
+    segments, index = batch["segments"], jnp.arange(batch["segments"].shape[1])
+    first = (segments != jnp.roll(segments, 1, axis=1)) | (index == 0)
+    return jnp.sum(segments > 0) + jnp.sum(jnp.where(first & (segments > 0), batch["positions"], 0))
+
+
 def per_example(values: Float[Array, "B T"], batch: Batch) -> Float[Array, "B S"]:
     """Sums over the tokens of each example."""
     members = membership(batch["segments"], batch["examples"].shape[1])

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from jaxpost.metrics import Metric, loss_of, over_parts
 from jaxpost.objectives.base import Batch, Objective
+from jaxpost.objectives.sequences import num_tokens
 from jaxpost.sharding import constrain
 from jaxpost.train.optim import clip_by_global_norm
 from jaxpost.train.reference import Reference
@@ -23,7 +24,7 @@ class StepReport(NamedTuple):
     Attributes:
         metrics: loss and metrics, not yet divided.
         latest: values of this very step (grad_norm before clipping, learning_rate).
-        num_tokens: real tokens in the batch.
+        num_tokens: tokens of the examples in the batch.
         finite: False when loss or gradient were not, and parameters and optimizer were left as they were.
     """
 
@@ -87,7 +88,7 @@ def make_step(
         )
         new_state = dataclasses.replace(new_state, reference=follow(new_state))
         latest = {"grad_norm": norm, "learning_rate": jnp.asarray(schedule(updates_done(state)), jnp.float32)}
-        return new_state, StepReport(metrics, latest, jnp.sum(batch["segments"] > 0), finite)
+        return new_state, StepReport(metrics, latest, num_tokens(batch), finite)
 
     # Without this the compiler picks the layout of the new state, and the second step compiles again.
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)

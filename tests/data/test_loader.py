@@ -188,11 +188,11 @@ def test_fewer_rows_hold_several_examples_each_and_balance():
 def test_collate():
     examples = [
         Example(np.array([5, 6, 7], np.int32), np.array([False, True, False])),
-        Example(np.array([8, 9], np.int32), np.array([False, True])),
+        Example(np.array([8, 9], np.int32), np.array([False, True]), start=2),
     ]
     batch = collate([examples, examples[1:], []], length=6, pad_id=1)
     assert batch["tokens"].tolist() == [[5, 6, 7, 8, 9, 1], [8, 9, 1, 1, 1, 1], [1] * 6]
-    assert batch["positions"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0] * 6]
+    assert batch["positions"].tolist() == [[0, 1, 2, 2, 3, 0], [2, 3, 0, 0, 0, 0], [0] * 6]
     assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0], [0] * 6]
     assert batch["loss_mask"].tolist() == [[0, 1, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0] * 6]
     assert {key: value.dtype.name for key, value in batch.items()} == {

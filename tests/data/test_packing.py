@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxpost.data.examples import Example
-from jaxpost.data.packing import PackingConfig, first_tokens, pack, pack_examples, singles
+from jaxpost.data.packing import PackingConfig, first_tokens, pack, pack_examples, singles, units
 from jaxpost.data.store import stored
 from jaxpost.errors import ConfigError
 
@@ -84,6 +84,30 @@ def test_each_example_can_be_a_pack_of_its_own():
     packs = singles(stored([example(1, 2), example(3, 4, 5)]))
     assert [[part.tokens.tolist() for part in pack] for pack in packs] == [[[1, 2]], [[3, 4, 5]]]
     assert packs.sizes.tolist() == [2, 3]
+
+
+def test_a_unit_has_once_what_its_examples_begin_with_alike():
+    def masked(mask, *tokens):
+        return Example(np.array(tokens, np.int32), np.array(mask, bool))
+
+    pairs = [
+        (masked([0, 0, 0, 1, 1], 1, 2, 3, 4, 5), masked([0, 0, 0, 1], 1, 2, 3, 6)),
+        (masked([0, 0, 1], 1, 2, 3), masked([0, 0, 0, 1], 1, 2, 3, 4)),
+        (masked([0, 0, 0, 1], 1, 2, 3, 4), masked([0, 0, 0, 1], 1, 9, 3, 4)),
+        (masked([0, 1], 1, 2), masked([0, 1], 1, 3)),
+        (masked([0, 0, 1], 1, 2, 3), masked([0, 0, 1], 7, 2, 3)),
+    ]
+    packs = units(stored([example for pair in pairs for example in pair]), 2, {}, branches=True)
+    branches = [(pack[1].tokens.tolist(), pack[1].loss_mask.tolist(), pack[1].start) for pack in packs]
+    assert branches == [
+        ([3, 6], [False, True], 2),
+        ([2, 3, 4], [False, False, True], 1),
+        ([1, 9, 3, 4], [False, False, False, True], 0),
+        ([1, 3], [False, True], 0),
+        ([7, 2, 3], [False, False, True], 0),
+    ]
+    assert all(pack[0].start == 0 for pack in packs)
+    assert packs.sizes.tolist() == [7, 6, 8, 4, 6]
 
 
 def test_packs_are_told_apart_by_their_tokens_masks_and_cuts():

@@ -14,7 +14,7 @@ from tests.e2e.test_lora import assert_same
 ADAPTER = "--use_peft --lora_r 4 --lora_target_modules all-linear"
 LOG_2 = float(np.log(2))
 PAIRS = [
-    {"prompt": "q" * (1 + i % 3), "chosen": "yes" * (1 + i % 4), "rejected": "no, " * (1 + (3 * i) % 5)}
+    {"prompt": "q" * (3 + i % 3), "chosen": "yes" * (1 + i % 4), "rejected": "no, " * (1 + (3 * i) % 5)}
     for i in range(32)
 ]
 
@@ -62,12 +62,13 @@ def test_a_full_run_is_compared_with_a_copy_of_its_start(dpo, tiny_folder):
     "flags",
     [
         "--mesh fsdp=4,tensor=2 --per_device_train_batch_size 2",
-        "--mesh data=2,tensor=4 --gradient_accumulation_steps 4 --padding_free false",
+        "--mesh data=2,tensor=4 --gradient_accumulation_steps 4 --padding_free false --share_prompts false",
     ],
 )
 def test_layout_changes_no_loss(dpo, tiny_folder, data, tmp_path, flags):
     assert run("dpo", tiny_folder, data, tmp_path / "out", flags) == 0
     np.testing.assert_allclose(logged(tmp_path / "out"), logged(dpo), rtol=2e-5)
+    assert logged(tmp_path / "out", "num_tokens") == logged(dpo, "num_tokens")
 
 
 def test_an_adapter_is_compared_with_its_base_and_then_with_what_it_was(tiny_folder, data, tmp_path):

@@ -59,6 +59,42 @@ def test_equals_scores_written_out(length, documents, window, softcap):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def branching(trunk, branches):
+    """A row of a trunk with branches (start, length), and where the tokens of each text written out are in it."""
+    positions, segments, texts = list(range(trunk)), [1] * trunk, [list(range(trunk))]
+    for number, (start, length) in enumerate(branches, start=2):
+        texts.append([*range(start), *range(len(positions), len(positions) + length)])
+        positions += range(start, start + length)
+        segments += [number] * length
+    return Places(jnp.asarray([positions]), jnp.asarray([segments])), texts
+
+
+@pytest.mark.parametrize("window", [None, 9, BLOCK + 9])
+@pytest.mark.parametrize(
+    ("trunk", "branches"),
+    [(12, [(7, 5), (7, 1), (3, 20)]), (BLOCK + 5, [(BLOCK, 30), (20, 2 * BLOCK), (BLOCK + 5, 3), (1, 200)])],
+)
+def test_a_branch_sees_what_its_text_written_out_would(trunk, branches, window):
+    places, texts = branching(trunk, branches)
+    (query, key, value), _ = inputs(places.positions.shape[1], 1, rows=1)
+    limit = None if window is None else jnp.asarray(window)
+    shared = jax.jit(lambda *x: attention(*x, places, scale=0.3, window=limit))
+    weight = jnp.cos(jnp.arange(query.size)).reshape(query.shape)
+    gradient = jax.grad(lambda x: jnp.sum(shared(*x) * weight))((query, key, value))
+
+    def written(arrays):
+        outs = []
+        for text, own in zip(texts, [trunk, *(length for _, length in branches)], strict=True):
+            alone = Places(jnp.arange(len(text))[None], jnp.ones((1, len(text)), jnp.int32))
+            outs.append(written_out(*(x[:, np.asarray(text)] for x in arrays), alone, 0.3, window)[:, -own:])
+        return jnp.concatenate(outs, axis=1)
+
+    np.testing.assert_allclose(shared(query, key, value), written((query, key, value)), atol=2e-6)
+    expected = jax.grad(lambda x: jnp.sum(written(x) * weight))((query, key, value))
+    for a, b in zip(gradient, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_documents_have_exactly_no_influence_on_each_other():
     arrays, places = inputs(2 * BLOCK, 4, rows=1)
     chosen = (places.segments == 2)[..., None, None]

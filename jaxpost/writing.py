@@ -35,3 +35,49 @@ def write_lines(path: str | None, lines: Iterable[str]) -> None:
         replace_file(Path(path), text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another") from error
+
+
+class Progress:
+    """Lines that take long to make: kept beside the file as they come, and the file itself once all are there.
+
+    Another run with the same key goes on after the last line that was kept.
+
+    Args:
+        path: of the file.
+        key: of all that the lines depend on.
+        together: so many lines are kept or made anew together.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, key: str, together: int = 1):
+        self._path, self._kept = path, path.with_name(f".{path.name}.{key}.kept")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = self._kept.read_text(encoding="utf-8") if self._kept.exists() else ""
+            lines = text.split("\n")[:-1]  # the last one may have been cut
+            self._lines = lines[: len(lines) - len(lines) % together]
+            self._file = self._kept.open("w", encoding="utf-8", newline="\n")
+            self._file.writelines(f"{line}\n" for line in self._lines)
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another") from error
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def add(self, line: str) -> None:
+        """Keep another line, which has no line breaks."""
+        self._lines.append(line)
+        self._file.write(f"{line}\n")
+        self._file.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is None:
+            replace_file(self._path, "".join(f"{line}\n" for line in self._lines))
+            self._kept.unlink()

@@ -103,8 +103,8 @@ def attention(
 
 def attend_cache(
     query: Float[Array, "B H d"],
-    keys: Float[Array, "B S K d"],
-    values: Float[Array, "B S K d"],
+    keys: Float[Array, "B K S d"],
+    values: Float[Array, "B K S d"],
     lengths: Int[Array, "B"],
     *,
     scale: float,
@@ -117,18 +117,19 @@ def attend_cache(
     """
 
     def attend(size: int, query: Array, keys: Array, values: Array) -> Array:
-        keys, values = keys[:, :size], values[:, :size]
-        grouped = query.reshape(len(query), keys.shape[2], -1, query.shape[2])
-        scores = jnp.einsum("bkgd,bskd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
+        keys, values = keys[:, :, :size], values[:, :, :size]
+        grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[2])
+        # In this order of the dimensions XLA on CPU needs no transposed copies of the cache.
+        scores = jnp.einsum("bkgd,bksd->bksg", grouped, keys, preferred_element_type=jnp.float32) * scale
         scores = _capped(scores, softcap)
         slots = jnp.arange(size)
         visible = slots < lengths[:, None]
         if window is not None:
             visible &= slots >= lengths[:, None] - window
-        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, NEGATIVE), axis=-1).astype(values.dtype)
-        return jnp.einsum("bkgs,bskd->bkgd", weights, values).reshape(query.shape)
+        weights = jax.nn.softmax(jnp.where(visible[:, None, :, None], scores, NEGATIVE), axis=2).astype(values.dtype)
+        return jnp.einsum("bksg,bksd->bkgd", weights, values).reshape(query.shape)
 
-    length = keys.shape[1]
+    length = keys.shape[2]
     sizes = sorted({min(length, -(-length * quarter // 4 // CACHE_TILE) * CACHE_TILE) for quarter in range(1, 5)})
     reached = jnp.searchsorted(jnp.asarray(sizes), jnp.minimum(jnp.max(lengths), length))
     return lax.switch(reached, [partial(attend, size) for size in sizes], query, keys, values)

@@ -35,12 +35,12 @@ class Cache(NamedTuple):
     """Keys and values of every layer; slot s of a row holds position s.
 
     Attributes:
-        keys, values: one [B, S, K, d] array a layer: updating one never copies another.
+        keys, values: one [B, K, S, d] array a layer: updating one never copies another.
         lengths: [B] number of filled slots.
     """
 
-    keys: tuple[Float[Array, "B S K d"], ...]
-    values: tuple[Float[Array, "B S K d"], ...]
+    keys: tuple[Float[Array, "B K S d"], ...]
+    values: tuple[Float[Array, "B K S d"], ...]
     lengths: Int[Array, "B"]
 
 
@@ -190,27 +190,37 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         h, (keys, values), _ = self._walk(tokens, positions, segments, cache_length, with_cache=True)
-        room = [(0, 0), (0, cache_length - tokens.shape[1]), (0, 0), (0, 0)]
-        keys, values = (tuple(jnp.pad(layer, room) for layer in stacked) for stacked in (keys, values))
+        room = [(0, 0), (0, 0), (0, cache_length - tokens.shape[1]), (0, 0)]
+        keys, values = (tuple(jnp.pad(x.swapaxes(1, 2), room) for x in stacked) for stacked in (keys, values))
         last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return last, Cache(keys, values, lengths)
 
-    def decode(self, tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
+    def unstacked(self) -> tuple[Any, ...]:
+        """The weights of each layer for itself, as `decode` uses them."""
+        stacked = nnx.split(self.layers)[1]
+        return tuple(jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(self.config.num_layers))
+
+    def decode(
+        self, tokens: Int[Array, "B"], cache: Cache, layers: tuple[Any, ...] | None = None
+    ) -> tuple[Float[Array, "B D"], Cache]:
         """One more token a row: its hidden state, and the cache with it appended.
 
-        Layers are unrolled with a cache each: scanning them with the cache copies all of it at every token.
+        Layers are unrolled with a cache each: scanning them with the cache copies all of it at every token. `layers` is
+        what `unstacked` gives, where that has been done before.
         """
-        config, rows = self.config, jnp.arange(len(tokens))
-        angles = rotary_angles(config.rotaries, cache.lengths, cache.keys[0].shape[1])
-        graphdef, stacked = nnx.split(self.layers)
+        config = self.config
+        rows, heads = jnp.arange(len(tokens))[:, None], jnp.arange(config.num_kv_heads)
+        at = rows, heads, cache.lengths[:, None]
+        angles = rotary_angles(config.rotaries, cache.lengths, cache.keys[0].shape[2])
+        graphdef = nnx.split(self.layers)[0]
         h = self._embedded(tokens)
         keys, values = [], []
-        for index in range(config.num_layers):
-            block = nnx.merge(graphdef, jax.tree.map(lambda weight, index=index: weight[index], stacked))
+        for index, weights in enumerate(self.unstacked() if layers is None else layers):
+            block = nnx.merge(graphdef, weights)
             kind = config.layer_rotaries[index]
             query, key, value = block.project(h, angles.cos[kind], angles.sin[kind])
-            keys.append(cache.keys[index].at[rows, cache.lengths].set(key))
-            values.append(cache.values[index].at[rows, cache.lengths].set(value))
+            keys.append(cache.keys[index].at[at].set(key))
+            values.append(cache.values[index].at[at].set(value))
             attended = attend_cache(
                 query,
                 keys[index],

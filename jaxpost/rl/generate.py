@@ -1,27 +1,27 @@
-"""Completions from a model: jitted prefill, then a `lax.while_loop` of decode steps over a KV cache."""
+"""Completions from a model: the queue of requests, and the slots that they are decoded in.
 
+A prompt is read once for all its completions. A slot whose completion has ended takes the next request (continuous
+batching: Yu et al., 2022, "Orca"), and when none is left the batch shrinks with the completions that go on.
+"""
+
+from collections import deque
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array, lax
 
 from jaxpost.errors import ConfigError
-from jaxpost.rl.sampling import sample
+from jaxpost.rl.sampling import Sampling
+from jaxpost.rl.slots import Programs, Slots, programs
 
-
-class Sampler(Protocol):
-    """What generation needs of a model."""
-
-    def prefill(self, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, Any]: ...
-
-    def decode(self, tokens: Array, cache: Any) -> tuple[Array, Any]: ...
-
-    def unembed(self, h: Array) -> Array: ...
+CACHE_MULTIPLE = 64
+LEAST_SLOTS = 4  # below, fewer slots are hardly faster
+REFILL_SHARE = 8  # slots that are free before the next prompts are read: one in so many
+PLAIN = Sampling()
+STOP_STEPS = 16  # tokens between two looks for what else ends a completion
 
 
 class Completion(NamedTuple):
@@ -44,95 +44,157 @@ def generate(
     *,
     max_new_tokens: int,
     eos_ids: Sequence[int],
-    temperature: float = 1.0,
+    sampling: Sampling = PLAIN,
+    num_return_sequences: int = 1,
     seed: int = 0,
+    first_request: int = 0,
     batch_size: int = 16,
+    stop: Callable[[list[int]], int | None] | None = None,
 ) -> list[Completion]:
-    """Complete every prompt, in order.
+    """Complete every prompt, in order; those of one prompt follow each other.
 
     Args:
         model: a decoder.
         prompts: token ids, each at least one.
         max_new_tokens: length limit of a completion.
         eos_ids: ids that end a completion.
-        temperature: 0 for greedy.
-        seed: same seed, prompts and batch size: same completions.
-        batch_size: rows decoded together.
+        sampling: how tokens are drawn.
+        num_return_sequences: completions of each prompt.
+        seed: same seed, prompts and numbers: same completions, whatever the batch size.
+        first_request: number of the first completion, which random numbers depend on.
+        batch_size: completions decoded together.
+        stop: says of the tokens so far after how many of them the completion has ended, None if it goes on.
 
     Raises:
         ConfigError: an argument out of range, or an empty prompt (its row is named).
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if temperature < 0:
-        raise ConfigError(f"temperature is {temperature}; it must not be negative (0 is greedy)")
+    for name, value in (
+        ("max_new_tokens", max_new_tokens),
+        ("batch_size", batch_size),
+        ("num_return_sequences", num_return_sequences),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ConfigError(f"prompt {row} is empty")
-    graphdef, state = nnx.split(model)
-    run = _compiled(graphdef, max_new_tokens)
+    if not len(prompts):
+        return []
+    graphdef, weights = nnx.split(model)
+    room = bucket(max(map(len, prompts))) + max_new_tokens
+    compiled = programs(graphdef, max_new_tokens, room + -room % CACHE_MULTIPLE)
+    # Prompts of similar length are read together: each costs as much as the longest of them.
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    queue = deque(row * num_return_sequences + i for row in order for i in range(num_return_sequences))
+    batch = _Batch(compiled, weights, min(_power(batch_size), _power(len(queue))), stop)
     ends = jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32)
-    completions: list[Completion | None] = [None] * len(prompts)
-    # Prompts of similar length share a batch: a row costs as much as the longest of its batch.
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for number, begin in enumerate(range(0, len(order), batch_size)):
-        rows = order[begin : begin + batch_size]
-        tokens, lengths = _pad([prompts[row] for row in rows], batch_size)
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        ids, logps, counts = jax.device_get(run(state, tokens, lengths, len(rows), ends, temperature, key))
-        for slot, row in enumerate(rows):
-            chosen = ids[slot, : counts[slot]].tolist()
-            completions[row] = Completion(chosen, logps[slot, : counts[slot]].tolist(), chosen[-1] in set(eos_ids))
+    completions: list[Completion | None] = [None] * len(queue)
+    while queue or batch.active:
+        batch.fill(queue, prompts, num_return_sequences, first_request)
+        for request, completion in batch.run(ends, sampling, seed, more=len(queue)):
+            completions[request] = completion
     return [completion for completion in completions if completion is not None]
 
 
-def _pad(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pad to the next power of two, so that few shapes are compiled; missing rows are one token long."""
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = np.zeros((rows, max(16, 1 << (longest - 1).bit_length())), np.int32)
-    lengths = np.ones(rows, np.int32)
+class _Batch:
+    """Slots, and which request each of them has."""
+
+    def __init__(self, compiled: Programs, weights: Any, rows: int, stop: Callable[[list[int]], int | None] | None):
+        self._compiled, self._weights, self._stop = compiled, weights, stop
+        self._layers = compiled.layers(weights)
+        self._slots: Slots = compiled.empty(weights, rows)
+        self._requests: list[int | None] = [None] * rows
+
+    @property
+    def active(self) -> int:
+        """Slots that are in use."""
+        return sum(request is not None for request in self._requests)
+
+    def fill(self, queue: deque[int], prompts: Sequence[np.ndarray], per_prompt: int, first_request: int) -> None:
+        """Give free slots the next requests."""
+        rows = len(self._requests)
+        free = [slot for slot, request in enumerate(self._requests) if request is None][: len(queue)]
+        if not free:
+            return
+        requests = [queue.popleft() for _ in free]
+        numbers = [request // per_prompt for request in requests]
+        unique = sorted(set(numbers), key=numbers.index)
+        tokens, lengths = _pad([prompts[number] for number in unique])
+        places, sources, ids = (np.full(_power(len(free)), fill, np.int32) for fill in (rows, 0, 0))
+        places[: len(free)] = free
+        sources[: len(free)] = [unique.index(number) for number in numbers]
+        ids[: len(free)] = np.array(requests) + first_request
+        self._slots = self._compiled.admit(self._weights, self._slots, tokens, lengths, places, sources, ids)
+        for slot, request in zip(free, requests, strict=True):
+            self._requests[slot] = request
+
+    def run(self, ends: jax.Array, sampling: Sampling, seed: int, *, more: int) -> list[tuple[int, Completion]]:
+        """Decode until there is something to do for the host; the requests that are finished.
+
+        `more` requests wait for a free slot.
+        """
+        rows, active = len(self._requests), self.active
+        wanted = min(more, max(1, rows // REFILL_SHARE)) if more else max(1, active - max(LEAST_SLOTS, rows // 2))
+        if not more and rows <= LEAST_SLOTS:
+            wanted = active
+        steps = np.iinfo(np.int32).max if self._stop is None else STOP_STEPS
+        enough = min(rows, rows - active + wanted)
+        self._slots = self._compiled.decode(
+            self._weights, self._layers, self._slots, ends, sampling, seed, enough, steps
+        )
+        finished = self._collect(set(np.asarray(ends).tolist()))
+        if not more:
+            self._shrink()
+        return finished
+
+    def _collect(self, ends: set[int]) -> list[tuple[int, Completion]]:
+        slots = self._slots
+        done, counts, ids, logps = jax.device_get((slots.done, slots.counts, slots.ids, slots.logps))
+        finished, stopped = [], np.zeros(len(done), bool)
+        for slot, request in enumerate(self._requests):
+            if request is None:
+                continue
+            tokens = ids[slot, : counts[slot]].tolist()
+            kept = None if self._stop is None else self._stop(tokens)
+            if kept is None and not done[slot]:
+                continue
+            stopped[slot] = not done[slot]
+            tokens = tokens[:kept]
+            ended = kept is not None or tokens[-1] in ends
+            finished.append((request, Completion(tokens, logps[slot, : len(tokens)].tolist(), ended)))
+            self._requests[slot] = None
+        if stopped.any():
+            self._slots = self._compiled.finish(self._slots, stopped)
+        return finished
+
+    def _shrink(self) -> None:
+        """Half as many slots, where that is enough for what is left."""
+        rows, active = len(self._requests), self.active
+        smaller = max(LEAST_SLOTS, _power(active))
+        if not active or smaller >= rows:
+            return
+        kept = [slot for slot, request in enumerate(self._requests) if request is not None]
+        places = np.array(kept + [rows] * (smaller - active), np.int32)
+        self._slots = self._compiled.keep(self._slots, places)
+        self._requests = [self._requests[slot] for slot in kept] + [None] * (smaller - active)
+
+
+def bucket(length: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: few shapes to compile, a quarter of padding at most on average."""
+    power = max(16, _power(length))
+    return power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def _pad(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded tokens [P, T] and lengths [P]; missing rows are one token long."""
+    rows = _power(len(prompts))
+    tokens, lengths = np.zeros((rows, bucket(max(map(len, prompts)))), np.int32), np.ones(rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
         lengths[row] = len(prompt)
     return tokens, lengths
-
-
-@lru_cache(maxsize=8)
-def _compiled(graphdef: Any, max_new_tokens: int) -> Callable[..., tuple[Array, Array, Array]]:
-    def run(
-        state: Any, tokens: Array, lengths: Array, num_rows: Array, ends: Array, temperature: Array, key: Array
-    ) -> Any:
-        model: Any = nnx.merge(graphdef, state)
-        rows = tokens.shape[0]
-        h, cache = model.prefill(tokens, lengths, tokens.shape[1] + max_new_tokens)
-
-        def draw(h: Array, index: Array) -> tuple[Array, Array]:
-            return sample(model.unembed(h), jax.random.fold_in(key, index), temperature)
-
-        def unfinished(carry: tuple) -> Array:
-            index, _, _, _, _, done, _ = carry
-            return (index < max_new_tokens) & ~jnp.all(done)
-
-        def body(carry: tuple) -> tuple:
-            index, h, cache, ids, logps, done, counts = carry
-            new, logp = draw(h, index)
-            ids = ids.at[:, index].set(jnp.where(done, 0, new))
-            logps = logps.at[:, index].set(jnp.where(done, 0.0, logp))
-            counts = counts + ~done
-            done = done | jnp.any(new[:, None] == ends, axis=1)
-            h, cache = model.decode(new, cache)
-            return index + 1, h, cache, ids, logps, done, counts
-
-        start = (
-            jnp.int32(0),
-            h,
-            cache,
-            jnp.zeros((rows, max_new_tokens), jnp.int32),
-            jnp.zeros((rows, max_new_tokens), jnp.float32),
-            jnp.arange(rows) >= num_rows,
-            jnp.zeros(rows, jnp.int32),
-        )
-        _, _, _, ids, logps, _, counts = lax.while_loop(unfinished, body, start)
-        return ids, logps, counts
-
-    return jax.jit(run)

@@ -120,10 +120,10 @@ def test_one_token_against_a_cache(window, softcap):
     whole = Places(jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32))
     limits = {"scale": 0.3, "softcap": softcap}
     full = attention(query, key, value, whole, window=None if window is None else jnp.asarray(window), **limits)
-    room = [(0, 0), (0, 5), (0, 0), (0, 0)]
+    room = [(0, 0), (0, 0), (0, 5), (0, 0)]
     lengths = jnp.asarray([9, 4])
     last = query[jnp.arange(2), lengths - 1]
-    one = attend_cache(last, jnp.pad(key, room), jnp.pad(value, room), lengths, window=window, **limits)
+    one = attend_cache(last, *(jnp.pad(x.swapaxes(1, 2), room) for x in (key, value)), lengths, window=window, **limits)
     np.testing.assert_allclose(one, full[jnp.arange(2), lengths - 1], atol=1e-6)
 
 

@@ -1,62 +1,134 @@
+"""The queue and the slots: what is drawn does not depend on what is drawn beside it."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxpost.errors import ConfigError
-from jaxpost.rl.generate import generate
-from jaxpost.rl.sampling import sample
+from jaxpost.rl.generate import LEAST_SLOTS, bucket, generate
+from jaxpost.rl.sampling import Sampling
+from jaxpost.sharding import make_mesh
 from tests.conftest import make_model
 
-PROMPTS = [np.arange(3, 3 + length) for length in (5, 2, 9)]
+PROMPTS = [np.arange(3, 3 + length) for length in (5, 2, 9, 17)]
+GREEDY = Sampling(temperature=0.0)
 
 
-def test_greedy_equals_a_forward_pass_per_token():
-    model = make_model()
-    completions = generate(model, PROMPTS, max_new_tokens=6, eos_ids=[], temperature=0.0, batch_size=2)
-    for prompt, completion in zip(PROMPTS, completions, strict=True):
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def logp_of(model, tokens, token):
+    scores = np.asarray(jax.nn.log_softmax(model(jnp.asarray([tokens]))[0, -1]))
+    return scores, scores[token]
+
+
+def test_greedy_equals_a_forward_pass_per_token(model):
+    completions = generate(model, PROMPTS[:3], max_new_tokens=6, eos_ids=[], sampling=GREEDY, batch_size=2)
+    for prompt, completion in zip(PROMPTS, completions, strict=False):
         tokens = list(prompt)
         for token, logp in zip(completion.tokens, completion.logps, strict=True):
-            scores = np.asarray(jax.nn.log_softmax(model(jnp.asarray([tokens]))[0, -1]))
+            scores, expected = logp_of(model, tokens, token)
             assert token == scores.argmax()
-            assert logp == pytest.approx(scores[token], abs=1e-5)
+            assert logp == pytest.approx(expected, abs=1e-5)
             tokens.append(token)
 
 
-def test_end_token_ends_and_is_kept():
-    model = make_model()
-    free = generate(model, PROMPTS[:1], max_new_tokens=6, eos_ids=[], temperature=0.0)[0]
-    cut = generate(model, PROMPTS[:1], max_new_tokens=6, eos_ids=[free.tokens[2]], temperature=0.0)[0]
+@pytest.fixture(scope="module")
+def drawn(model):
+    """Three completions of each prompt; some end early."""
+    return generate(model, PROMPTS, max_new_tokens=40, eos_ids=range(8), num_return_sequences=3, batch_size=12, seed=3)
+
+
+def test_the_log_probabilities_are_those_of_a_forward_pass(model, drawn):
+    for number, completion in enumerate(drawn[::5]):
+        prompt = PROMPTS[number * 5 // 3]
+        logits = model(jnp.asarray([[*prompt, *completion.tokens]]))[0, len(prompt) - 1 : -1]
+        expected = jax.nn.log_softmax(logits)[jnp.arange(len(completion.tokens)), jnp.asarray(completion.tokens)]
+        np.testing.assert_allclose(completion.logps, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_refilled_slots_draw_what_slots_of_their_own_would(model, drawn, batch_size):
+    again = generate(
+        model, PROMPTS, max_new_tokens=40, eos_ids=range(8), num_return_sequences=3, batch_size=batch_size, seed=3
+    )
+    assert len({len(completion.tokens) for completion in drawn}) > 4 > LEAST_SLOTS - 1
+    assert [completion.tokens for completion in again] == [completion.tokens for completion in drawn]
+    for ours, theirs in zip(again, drawn, strict=True):
+        np.testing.assert_allclose(ours.logps, theirs.logps, atol=1e-5)
+
+
+def test_devices_share_the_slots(model, drawn):
+    with jax.set_mesh(make_mesh("data=2,fsdp=2,tensor=2")):
+        again = generate(
+            model, PROMPTS, max_new_tokens=40, eos_ids=range(8), num_return_sequences=3, batch_size=8, seed=3
+        )
+    assert [completion.tokens for completion in again] == [completion.tokens for completion in drawn]
+
+
+def test_a_later_part_of_the_requests_is_as_in_the_whole(model, drawn):
+    part = generate(
+        model,
+        PROMPTS[2:],
+        max_new_tokens=40,
+        eos_ids=range(8),
+        num_return_sequences=3,
+        batch_size=12,
+        seed=3,
+        first_request=6,
+    )
+    assert [completion.tokens for completion in part] == [completion.tokens for completion in drawn[6:]]
+
+
+def test_completions_of_a_prompt_differ_and_another_seed_draws_others(model, drawn):
+    assert len({tuple(completion.tokens) for completion in drawn}) == len(drawn)
+    others = generate(
+        model, PROMPTS, max_new_tokens=40, eos_ids=range(8), num_return_sequences=3, batch_size=12, seed=4
+    )
+    assert all(a.tokens != b.tokens for a, b in zip(others, drawn, strict=True))
+
+
+def test_end_token_ends_and_is_kept(model):
+    free = generate(model, PROMPTS[:1], max_new_tokens=6, eos_ids=[], sampling=GREEDY)[0]
+    cut = generate(model, PROMPTS[:1], max_new_tokens=6, eos_ids=[free.tokens[2]], sampling=GREEDY)[0]
     assert cut.tokens == free.tokens[: free.tokens.index(free.tokens[2]) + 1]
     assert cut.ended
     assert not free.ended
 
 
-def test_same_seed_same_tokens():
-    run = lambda seed: [c.tokens for c in generate(make_model(), PROMPTS, max_new_tokens=8, eos_ids=[], seed=seed)]  # noqa: E731
-    assert run(1) == run(1) != run(2)
+def test_what_else_ends_a_completion(model):
+    options = {"max_new_tokens": 40, "eos_ids": [], "num_return_sequences": 3, "seed": 1}
+    free = generate(model, PROMPTS, **options)
+    cut = generate(model, PROMPTS, stop=lambda tokens: 20 if len(tokens) >= 20 else None, **options)
+    assert all(completion.ended for completion in cut)
+    assert [completion.tokens for completion in cut] == [completion.tokens[:20] for completion in free]
+    assert all(len(completion.logps) == 20 for completion in cut)
 
 
-def test_sampling_follows_the_softmax():
-    logits = jnp.asarray([[0.0, 1.0, 2.0, -1.0]])
-    draws = 4000
-    tokens, logps = sample(jnp.repeat(logits, draws, axis=0), jax.random.key(0), 0.5)
-    expected = np.asarray(jax.nn.softmax(logits[0] / 0.5))
-    observed = np.bincount(np.asarray(tokens), minlength=4)
-    # Chi-square with 3 degrees of freedom: 16.3 is its 99.9 % point.
-    assert np.sum((observed - draws * expected) ** 2 / (draws * expected)) < 16.3
-    np.testing.assert_allclose(np.exp(logps), expected[np.asarray(tokens)], rtol=1e-5)
+def test_nothing_to_complete_is_nothing(model):
+    assert generate(model, [], max_new_tokens=4, eos_ids=[]) == []
+
+
+def test_lengths_are_padded_by_a_quarter_at_most_on_average():
+    lengths = np.arange(17, 1025)
+    padded = np.array([bucket(int(length)) for length in lengths])
+    assert np.all(padded >= lengths) and len(set(padded)) == 12
+    assert np.mean(padded / lengths) < 1.25
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"prompts": [np.array([], int)]}, "prompt 0 is empty"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ({"prompts": [np.array([3]), np.array([], int)]}, "prompt 1 is empty"),
     ],
 )
-def test_bad_arguments_are_named(changes, message):
+def test_bad_arguments_are_named(model, changes, message):
     arguments = {"prompts": PROMPTS, "max_new_tokens": 4, "eos_ids": [1], **changes}
     with pytest.raises(ConfigError, match=message):
-        generate(make_model(), **arguments)
+        generate(model, **arguments)

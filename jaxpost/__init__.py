@@ -8,9 +8,11 @@ if TYPE_CHECKING:
         BCOConfig,
         CPOConfig,
         DPOConfig,
+        GRPOConfig,
         KTOConfig,
         ORPOConfig,
         RewardConfig,
+        RLOOConfig,
         SFTConfig,
         SimPOConfig,
     )
@@ -20,7 +22,17 @@ if TYPE_CHECKING:
     from jaxpost.models.peft import load_adapter, save_adapter
     from jaxpost.models.pretrained import from_pretrained
     from jaxpost.scoring import score
-    from jaxpost.trainers import BCOTrainer, CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer, RewardTrainer, SFTTrainer
+    from jaxpost.trainers import (
+        BCOTrainer,
+        CPOTrainer,
+        DPOTrainer,
+        GRPOTrainer,
+        KTOTrainer,
+        ORPOTrainer,
+        RewardTrainer,
+        RLOOTrainer,
+        SFTTrainer,
+    )
 
 # Public name -> module; imported on first use, so that `import jaxpost` costs nothing.
 _PUBLIC = {
@@ -31,10 +43,12 @@ _PUBLIC = {
     "score": "jaxpost.scoring",
     "LoraConfig": "jaxpost.models.lora_config",
     **dict.fromkeys(
-        [f"{name}Config" for name in ("BCO", "CPO", "DPO", "KTO", "ORPO", "Reward", "SFT", "SimPO")], "jaxpost.methods"
+        [f"{name}Config" for name in ("BCO", "CPO", "DPO", "GRPO", "KTO", "ORPO", "RLOO", "Reward", "SFT", "SimPO")],
+        "jaxpost.methods",
     ),
     **dict.fromkeys(
-        [f"{name}Trainer" for name in ("BCO", "CPO", "DPO", "KTO", "ORPO", "Reward", "SFT")], "jaxpost.trainers"
+        [f"{name}Trainer" for name in ("BCO", "CPO", "DPO", "GRPO", "KTO", "ORPO", "RLOO", "Reward", "SFT")],
+        "jaxpost.trainers",
     ),
 }
 
@@ -45,11 +59,15 @@ __all__ = [
     "CPOTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
     "LoraConfig",
     "ORPOConfig",
     "ORPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",

@@ -24,6 +24,8 @@ USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
   kto        Kahneman-Tversky optimisation, of completions that are judged one by one
   bco        binary classifier optimisation, likewise
   reward     a reward model
+  grpo       group relative policy optimisation, from completions of the policy that functions reward
+  rloo       REINFORCE leave-one-out, likewise
   generate   complete prompts with a model
   export     write a run's model, or an adapter merged into its base, as a Hugging Face folder
   evaluate   the held-out metrics of a model: jaxpost evaluate dpo with its flags; without a method, the scores that a

@@ -19,6 +19,10 @@ class DataError(JaxpostError):
     exit_code = 3
 
 
+class RewardError(DataError):
+    """A reward function that fails too often."""
+
+
 class NonFiniteError(JaxpostError):
     """The loss or the gradient is not a number."""
 

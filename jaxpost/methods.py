@@ -25,11 +25,16 @@ from jaxpost.objectives.bco import BCO
 from jaxpost.objectives.cpo import CPO
 from jaxpost.objectives.cpo_losses import CPO_LOSSES
 from jaxpost.objectives.dpo import DPO
+from jaxpost.objectives.grpo import GRPO
 from jaxpost.objectives.kto import KTO
 from jaxpost.objectives.orpo import ORPO
 from jaxpost.objectives.reward import Reward
+from jaxpost.objectives.rloo import RLOO
 from jaxpost.objectives.sft import SFT
 from jaxpost.options import check_parts, option
+from jaxpost.rl.rewards import RewardFunctionsConfig
+from jaxpost.rl.rollout import RolloutConfig
+from jaxpost.rl.sampling import SamplingConfig
 from jaxpost.sharding import MeshConfig
 from jaxpost.train.checkpoint import CheckpointConfig
 from jaxpost.train.evaluate import EvalConfig
@@ -143,6 +148,34 @@ class RewardConfig(PairsConfig, Reward):
     on_long_row: str = option("drop", "What becomes of a pair over max_length: drop, truncate or error.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(TrainConfig, ReferenceConfig, SamplingConfig, RolloutConfig, RewardFunctionsConfig):
+    """What the methods share that learn from completions of the policy."""
+
+    learning_rate: float = option(1e-6, "Peak learning rate.")
+    disable_dropout: bool = option(False, "Train without the dropout of adapters.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precompute_ref_log_probs:
+            raise ConfigError("precompute_ref_log_probs: completions are not known in advance; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(OnlineConfig, GRPO):
+    """Group relative policy optimisation; names and defaults are TRL's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOConfig(OnlineConfig, RLOO):
+    """REINFORCE leave-one-out; names and defaults are TRL's."""
+
+    num_generations: int = option(2, "Completions of each prompt that are compared with each other.")
+
+
+PROMPTS: tuple[DatasetType, ...] = ("prompt_only",)
+
+
 class Method(NamedTuple):
     """What the wiring needs to know of a method.
 
@@ -150,7 +183,7 @@ class Method(NamedTuple):
         name: the command.
         config: what it is configured by.
         objective: its part of the config, which is what is trained.
-        encode: how rows become examples.
+        encode: how rows become examples; None where completions are sampled.
         accepted: the types of rows that can be trained on.
         head: of the model.
     """
@@ -158,9 +191,14 @@ class Method(NamedTuple):
     name: str
     config: type[Any]
     objective: type[Any]
-    encode: Callable[..., Encoded]
+    encode: Callable[..., Encoded] | None
     accepted: tuple[DatasetType, ...]
     head: str = "lm"
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the policy samples what it learns from."""
+        return self.encode is None
 
     def rows(self, config: Any) -> dict[str, Any]:
         """Which types of rows can be trained on, as `type_of` takes it."""
@@ -180,6 +218,8 @@ METHODS: dict[str, Method] = {
         Method("kto", KTOConfig, KTO, encode_unpaired, JUDGED),
         Method("bco", BCOConfig, BCO, encode_unpaired, JUDGED),
         Method("reward", RewardConfig, Reward, encode_compared, COMPARED, head="reward"),
+        Method("grpo", GRPOConfig, GRPO, None, PROMPTS),
+        Method("rloo", RLOOConfig, RLOO, None, PROMPTS),
     )
 }
 

@@ -108,6 +108,7 @@ class Pipeline(NamedTuple):
         if self.formatting is not None:
             rows = formatted(rows, self.formatting, self.args.dataset_text_field)
         options = {"vocab_size": self.vocab_size, "training": training, "num_packs": num_packs}
+        assert self.method.encode is not None
         encoded = self.method.encode(rows, self.tokenizer, self.args, **options)
         self.notes.extend(encoded.notes)
         return encoded

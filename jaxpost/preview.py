@@ -59,7 +59,11 @@ def examples_of(batch: dict[str, np.ndarray]) -> Iterator[tuple[np.ndarray, np.n
     for tokens, loss_mask, segments, positions in zip(*columns, strict=True):
         trunk = tokens[:0]
         for segment in range(1, segments.max() + 1):
-            own, mask, start = tokens[segments == segment], loss_mask[segments == segment], positions[segments == segment][0]
+            own, mask, start = (
+                tokens[segments == segment],
+                loss_mask[segments == segment],
+                positions[segments == segment][0],
+            )
             trunk = trunk if start else own
             yield np.append(trunk[:start], own), np.append(np.zeros(start), mask)
 

@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,32 +15,32 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpost.base_model import open_base
-from jaxpost.data.loader import Loader
-from jaxpost.data.rows import as_rows
-from jaxpost.encode import Encoded
 from jaxpost.errors import ConfigError
-from jaxpost.methods import CompletionsConfig, Method, changed_fields, config_yaml, suited_to
+from jaxpost.methods import CompletionsConfig, Method, OnlineConfig, changed_fields, config_yaml, suited_to
 from jaxpost.models.adapters import active_config
 from jaxpost.models.export import save_pretrained
 from jaxpost.models.lora import trainable_filter, with_dropout
 from jaxpost.models.lora_config import LoraConfig, PeftConfig, as_lora_config
 from jaxpost.models.peft import save_adapter
 from jaxpost.models.transformer import Decoder
-from jaxpost.objectives.base import Batch, Objective
-from jaxpost.options import one_of, part_of
+from jaxpost.objectives.base import Objective
+from jaxpost.offline import Offline, Run
+from jaxpost.online import Online
+from jaxpost.options import part_of
 from jaxpost.pipeline import Pipeline
 from jaxpost.ref_model import load_reference
-from jaxpost.sharding import batch_groups, make_mesh, put
+from jaxpost.sharding import batch_groups, make_mesh
 from jaxpost.train.checkpoint import Checkpoints
-from jaxpost.train.evaluate import ComputeMetrics, Evaluation
+from jaxpost.train.evaluate import ComputeMetrics
 from jaxpost.train.logging import RunLog
 from jaxpost.train.loop import Schedule, fit
 from jaxpost.train.optim import check_loraplus, make_optimizer, make_schedule
-from jaxpost.train.precompute import reference_logps
 from jaxpost.train.reference import follow
 from jaxpost.train.report import write_curves, write_model_card
-from jaxpost.train.state import TrainState, create_state, decay_mask, merge, snapshot
+from jaxpost.train.state import create_state, decay_mask, merge, snapshot
 from jaxpost.train.step import Programs, make_annotate, make_step
+
+Feed = Offline | Online
 
 
 class Trainer:
@@ -59,6 +58,7 @@ class Trainer:
         peft_config: the adapter to train, ours or a `peft.LoraConfig`; by default what `args` say.
         ref_model: what the policy is compared with, by methods that do; by default what `args` say.
         compute_metrics: further metrics of evaluation, of an `EvalPrediction` with the reward of every example.
+        reward_funcs: what completions are rewarded by, of methods that sample them: names or functions.
 
     Raises:
         ConfigError, DataError: one line each, before anything is written.
@@ -76,6 +76,7 @@ class Trainer:
         peft_config: LoraConfig | PeftConfig | None = None,
         ref_model: str | os.PathLike[str] | Decoder | None = None,
         compute_metrics: ComputeMetrics | None = None,
+        reward_funcs: Any = None,
     ):
         self.method = method
         self.args = method.config() if args is None else args
@@ -91,29 +92,24 @@ class Trainer:
         self.processing_class, self.notes = self.base.tokenizer, self.base.notes
         self.args = suited_to(self.args, self.base.config)
         self.objective: Objective = part_of(self.args, method.objective)
-        self.pipeline = Pipeline(
-            method,
-            self.args,
-            self.processing_class,
-            self.base.vocab_size,
-            batch_groups(self.mesh),
-            self.notes,
-            formatting_func,
-        )
-        self.train_loader, self.eval_loader = self.pipeline.loaders(train_dataset, eval_dataset)
+        if method.is_online:
+            given = (train_dataset, eval_dataset, reward_funcs, self.mesh, self.output_dir)
+            self.feed: Feed = Online(self.args, self.base, *given)
+        else:
+            groups, rows = batch_groups(self.mesh), (train_dataset, eval_dataset)
+            shared = (self.processing_class, self.base.vocab_size, groups, self.notes, formatting_func)
+            self.feed = Offline(Pipeline(method, self.args, *shared), *rows, self.mesh, compute_metrics)
         self.model: Decoder = self.base.load()
         self.trainable = trainable_filter(self.model)
         check_loraplus(self.args, nnx.to_pure_dict(nnx.state(self.model, self.trainable)))
         self.memory = {name: jnp.zeros(()) for name in self.objective.remembers}
-        self.compute_metrics = compute_metrics
-        if compute_metrics is not None and self.train_loader.packs.facts is None:
-            raise ConfigError(f"compute_metrics is given the reward of every example, but {method.name} has no rewards")
         self.reference = None
         if self.objective.needs_reference:
             compared = ref_model or self.args.ref_model_name_or_path
             self.reference = load_reference(self.model, compared, self.args, self.mesh, goes_on=lora is None)
-            if self.args.precompute_ref_log_probs:
-                self._ask_reference()
+            if self.args.precompute_ref_log_probs and isinstance(self.feed, Offline):
+                self.feed.ask(self.objective, self.model, self.reference)
+                self.reference = None
 
     def train(self) -> dict[str, float]:
         """Run to the end and write the model, its metrics, curves and card to `output_dir`.
@@ -121,8 +117,7 @@ class Trainer:
         Returns:
             The last logged metrics of training and evaluation; with load_best_model_at_end those of the best model.
         """
-        args, loader = self.args, self.train_loader
-        total = loader.num_steps
+        args, total = self.args, self.feed.num_steps
         schedule = make_schedule(args, total)
         optimizer = make_optimizer(args, schedule, decay_mask)
         with jax.set_mesh(self.mesh):
@@ -130,7 +125,7 @@ class Trainer:
             moving = self.reference if self.reference is not None and args.sync_ref_model else None
             if moving is not None:
                 state = dataclasses.replace(state, reference=moving.arrays)
-            checkpoints = Checkpoints(self.output_dir / "checkpoints", args, loader.fingerprint())
+            checkpoints = Checkpoints(self.output_dir / "checkpoints", args, self.feed.fingerprint())
             state, facts = checkpoints.restore(state) or (state, {"num_tokens": 0})
             num_parts = args.gradient_accumulation_steps
             annotate = make_annotate(self.objective, graphdef, self.reference, num_parts=num_parts)
@@ -149,14 +144,13 @@ class Trainer:
                 )
             )
             with self._log(total, int(state.step)) as log:
-                for length in loader.lengths:
-                    step.prepare(state, annotate(state, put(loader.empty(length), self.mesh)))
+                run = Run(self.objective, graphdef, self.reference, annotate, int(state.step))
                 state = fit(
                     state,
-                    source=offline(loader, int(state.step), self.mesh),
+                    source=self.feed.source(run, state, step),
                     annotate=annotate,
                     step=step,
-                    evaluate=self._held_out(graphdef, state) if args.evaluates else None,
+                    evaluate=self.feed.evaluation(run, state) if args.evaluates else None,
                     save=checkpoints.save,
                     schedule=self._schedule(total),
                     log=log,
@@ -167,6 +161,7 @@ class Trainer:
                     state, best = checkpoints.best(state)
                     log.message(f"the best model is that of step {int(state.step)}: {best[args.best_metric]:.6g}")
             checkpoints.close()
+        self.feed.close()
         nnx.update(self.model, nnx.state(merge(graphdef, state.params, state.frozen)))
         if moving is not None:
             self.reference = moving._replace(arrays=state.reference)
@@ -176,17 +171,10 @@ class Trainer:
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Held-out metrics of the model as it is now, by names that begin with `eval_`."""
-        if eval_dataset is not None:
-            if self.objective.needs_reference and self.reference is None:
-                raise ConfigError(
-                    "precompute_ref_log_probs has asked the reference already: give eval_dataset from the start"
-                )
-            self.eval_loader = self.pipeline.eval_loader(as_rows(eval_dataset, "eval_dataset"))
-        if self.eval_loader is None:
-            raise ConfigError("nothing to evaluate on: give eval_dataset, or --dataset_name with a test split")
         graphdef, state = snapshot(self.model, self.trainable, self.memory)
+        run = Run(self.objective, graphdef, self.reference, lambda state, batch: batch, 0)
         with jax.set_mesh(self.mesh):
-            return self._evaluation(graphdef)(state)
+            return self.feed.evaluate(run, state, eval_dataset)
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Write the model as it is now to a Hugging Face folder, or its adapter in PEFT's format."""
@@ -196,42 +184,13 @@ class Trainer:
             name, revision = self.base.base
             save_adapter(self.model, path, name, revision=revision, tokenizer=self.processing_class)
 
-    def _ask_reference(self) -> None:
-        """Let batches tell what the reference says of their examples, which needs it no more."""
-        args, policy = self.args, self.model
-        assert self.reference is not None
-        if self.train_loader.has_mismatches:
-            raise ConfigError(
-                "precompute_ref_log_probs: this loss compares completions that change with every batch; leave it out"
-            )
-        reference = self.reference.build(policy, self.reference.arrays)
-        for loader in filter(None, (self.train_loader, self.eval_loader)):
-            rows = args.precompute_ref_batch_size or args.per_device_train_batch_size
-            once = self.pipeline.once(Encoded(loader.packs, full=False, notes=[]), rows)
-            with jax.set_mesh(self.mesh):
-                logps = reference_logps(self.objective, reference, once, self.mesh, args.tokenized_cache_dir)
-            loader.tell("ref_logps", logps)
-        self.reference = None
-
     def _as_trained(self, model: Any, key: jax.Array) -> Any:
         """The model with the dropout of its adapters, unless the method's config says otherwise."""
-        is_steady = isinstance(self.args, CompletionsConfig) and self.args.disable_dropout
+        is_steady = isinstance(self.args, CompletionsConfig | OnlineConfig) and self.args.disable_dropout
         return model if is_steady else with_dropout(model, key)
 
-    def _evaluation(self, graphdef: Any) -> Evaluation:
-        assert self.eval_loader is not None
-        compared = self.objective, graphdef, self.reference
-        return Evaluation(*compared, self.eval_loader, self.mesh, self.compute_metrics)
-
-    def _held_out(self, graphdef: Any, state: TrainState) -> Evaluation:
-        """Evaluation in the run; a metric that tells which checkpoint is best must be among those that it makes."""
-        args, evaluation = self.args, self._evaluation(graphdef)
-        if args.load_best_model_at_end and self.compute_metrics is None:
-            one_of("metric_for_best_model", args.best_metric, sorted(evaluation.names(state)))
-        return evaluation
-
     def _schedule(self, total: int) -> Schedule:
-        args, per_epoch = self.args, self.train_loader.steps_per_epoch
+        args, per_epoch = self.args, self.feed.steps_per_epoch
         return Schedule(
             total_steps=total,
             steps_per_epoch=per_epoch,
@@ -273,9 +232,3 @@ class Trainer:
             command=shlex.join(["jaxpost", *sys.argv[1:]]),
         )
         return metrics
-
-
-def offline(loader: Loader, start: int, mesh: jax.sharding.Mesh) -> Callable[[TrainState], Batch]:
-    """A source that reads rows from disk and ignores the state; batches are on the devices before they are needed."""
-    batches = loader(start, partial(put, mesh=mesh))
-    return lambda state: next(batches)

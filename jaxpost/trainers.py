@@ -9,9 +9,11 @@ from jaxpost.methods import (
     BCOConfig,
     CPOConfig,
     DPOConfig,
+    GRPOConfig,
     KTOConfig,
     ORPOConfig,
     RewardConfig,
+    RLOOConfig,
     SFTConfig,
     SimPOConfig,
 )
@@ -124,6 +126,34 @@ def RewardTrainer(
 ) -> Trainer:
     """Reward models with TRL's argument names; see `Trainer`."""
     return _trainer("reward", model, args, train_dataset, eval_dataset, processing_class, peft_config, compute_metrics)
+
+
+def GRPOTrainer(
+    model: Name = None,
+    reward_funcs: Any = None,
+    args: GRPOConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    peft_config: Adapter = None,
+) -> Trainer:
+    """Group relative policy optimisation with TRL's argument names; see `Trainer`."""
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+    return Trainer(METHODS["grpo"], model, args, **data, peft_config=peft_config, reward_funcs=reward_funcs)
+
+
+def RLOOTrainer(
+    model: Name = None,
+    reward_funcs: Any = None,
+    args: RLOOConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    peft_config: Adapter = None,
+) -> Trainer:
+    """REINFORCE leave-one-out with TRL's argument names; see `Trainer`."""
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+    return Trainer(METHODS["rloo"], model, args, **data, peft_config=peft_config, reward_funcs=reward_funcs)
 
 
 def _trainer(

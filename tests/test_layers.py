@@ -12,9 +12,11 @@ FLOOR = {
     **dict.fromkeys(["train", "encode"], 4),
     **dict.fromkeys(["methods", "base_model", "ref_model"], 5),
     "pipeline": 6,
-    **dict.fromkeys(["trainer", "plan", "generate", "export", "preview", "evaluate", "scoring"], 7),
-    **dict.fromkeys(["cli", "trainers"], 8),
-    **dict.fromkeys(["__main__", "__init__"], 9),
+    **dict.fromkeys(["generate", "export", "preview", "evaluate", "scoring", "offline"], 7),
+    "online": 8,
+    **dict.fromkeys(["trainer", "plan"], 9),
+    **dict.fromkeys(["cli", "trainers"], 10),
+    **dict.fromkeys(["__main__", "__init__"], 11),
 }
 PACKAGE = Path(__file__).parent.parent / "jaxpost"
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -154,9 +154,7 @@ class Loader:
         count, size = len(self.packs), self._global_batch_size
         if self._sampling == "sequential":
             return np.arange(count)
-        # Raw bits and a stable sort, because numpy keeps the bit streams between versions, but not `permutation`.
-        bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch])).random_raw(count)
-        order = np.argsort(bits, kind="stable")
+        order = shuffled(count, self._seed, epoch)
         if self._sampling == "random":
             return order
         mega = size * min(max(count // (4 * size), 1), MEGA_BATCHES)
@@ -257,6 +255,15 @@ class Loader:
         """The row length for a batch; beyond the planned ones, the next multiple."""
         fitting = (length for length in self.lengths if length >= longest)
         return next(fitting, -(-longest // self._multiple) * self._multiple)
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The numbers from 0 to before `count` in the random order of an epoch, int64.
+
+    Raw bits and a stable sort, because numpy keeps the bit streams between versions, but not `permutation`.
+    """
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(bits, kind="stable")
 
 
 def collate(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> dict[str, np.ndarray]:

@@ -48,9 +48,7 @@ def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     return targets, (mask > 0) & (segments == batch["segments"]) & ~last
 
 
-def score_batch(
-    model: Model, batch: Batch, **options: Any
-) -> tuple[TokenScores, Bool[Array, "B T"], Float[Array, ""]]:
+def score_batch(model: Model, batch: Batch, **options: Any) -> tuple[TokenScores, Bool[Array, "B T"], Float[Array, ""]]:
     """Run the model over a batch and score its trained tokens; position t scores token t + 1.
 
     Args:

@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
 from jaxpost.errors import ConfigError, NonFiniteError
-from jaxpost.metrics import Tally, loss_of
+from jaxpost.metrics import Metric, Tally, loss_of
 from jaxpost.objectives.base import Batch
 from jaxpost.options import option
 from jaxpost.train.state import TrainState
@@ -37,12 +37,59 @@ class LoopConfig:
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
 
 
+@runtime_checkable
 class Log(Protocol):
     """What the loop tells the world; see `train.logging.RunLog`."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def progress(self, step: int, loss: float | None, tokens_per_second: float | None) -> None: ...
+
+
+@runtime_checkable
+class Fed(Protocol):
+    """What a source gives for a step.
+
+    Attributes:
+        batch: on the devices.
+        metrics: of the batch, that the step does not know of.
+        times: seconds that the source has spent on it, by purpose; what else it took counts as waiting for input.
+    """
+
+    @property
+    def batch(self) -> Batch: ...
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]: ...
+
+    @property
+    def times(self) -> Mapping[str, float]: ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Gives the batch of each step; an online one makes it with the state.
+
+    Attributes:
+        ahead: it does not wait for the state, so that the device is still busy with the step before.
+    """
+
+    @property
+    def ahead(self) -> bool: ...
+
+    def __call__(self, state: TrainState, /) -> Fed: ...
+
+
+class Pending(NamedTuple):
+    """A step that the device may still be working on.
+
+    Attributes:
+        report: of the step.
+        metrics: of its batch.
+    """
+
+    report: StepReport
+    metrics: Mapping[str, Metric]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +120,7 @@ class Schedule:
 class Meter:
     """Adds up the reports of the steps since the last log line.
 
-    Reports are read one step late, while the device works on the next step.
+    Reports are read one step late, while the device works on the next step, unless the next batch has to wait anyway.
     """
 
     schedule: Schedule
@@ -92,17 +139,14 @@ class Meter:
         for name, seconds in times.items():
             self.times[name] = self.times.get(name, 0.0) + seconds
 
-    def read(self, step: int, report: StepReport) -> None:
-        """Take in the report of `step`; blocks until the device has finished it.
-
-        Args:
-            step: its number, from 1.
-            report: what the step returned.
+    def read(self, step: int, pending: Pending) -> None:
+        """Take in what `step`, a number from 1, has come to; blocks until the device has finished it.
 
         Raises:
             NonFiniteError: MAX_NONFINITE steps in a row were not finite.
         """
-        report = jax.device_get(report)
+        report = jax.device_get(pending.report)
+        self.tally.add(pending.metrics)
         self.num_tokens += int(report.num_tokens)
         self.skipped += not report.finite
         self.skipped_in_a_row = 0 if report.finite else self.skipped_in_a_row + 1
@@ -151,7 +195,7 @@ class Meter:
 def fit(
     state: TrainState,
     *,
-    source: Callable[[TrainState], Batch],
+    source: Source,
     annotate: Callable[[TrainState, Batch], Batch],
     step: Callable[[TrainState, Batch], tuple[TrainState, StepReport]],
     evaluate: Callable[[TrainState], dict[str, float]] | None,
@@ -164,7 +208,7 @@ def fit(
 
     Args:
         state: where to begin; it is dead afterwards.
-        source: gives the batch of the next step; an online source generates it with the state.
+        source: gives the batch of each step from there on.
         annotate: adds the columns that need no gradient.
         step: the compiled train step.
         evaluate: held-out metrics of a state.
@@ -177,20 +221,24 @@ def fit(
         The final state.
     """
     meter = Meter(schedule, log, num_tokens=num_tokens)
-    pending: StepReport | None = None
+    pending: Pending | None = None
     start = int(state.step)
     if evaluate is not None and start == 0 and schedule.evaluates(0):
         log.log(0, {"epoch": 0.0, **evaluate(state)})
         meter.restart()
     for done in range(start + 1, schedule.total_steps + 1):
+        if pending is not None and not source.ahead:
+            meter.read(done - 1, pending)
+            pending = None
         began = time.perf_counter()
-        batch = source(state)
-        fed = time.perf_counter()
-        state, report = step(state, annotate(state, batch))
-        meter.spend(input=fed - began, host=time.perf_counter() - fed)
+        fed = source(state)
+        ready = time.perf_counter()
+        state, report = step(state, annotate(state, fed.batch))
+        waited = ready - began - sum(fed.times.values())
+        meter.spend(**fed.times, input=waited, host=time.perf_counter() - ready)
         if pending is not None:
             meter.read(done - 1, pending)
-        pending = report
+        pending = Pending(report, fed.metrics)
         if not (schedule.evaluates(done) or schedule.saves(done) or done == schedule.total_steps):
             continue
         meter.read(done, pending)

@@ -176,7 +176,7 @@ def write_model_card(
         f"{kind} {base}, trained on {data} with jaxpost's `{method}`.",
     ]
     if metrics:
-        digits = {name: str(value) if isinstance(value, int) else f"{value:.5g}" for name, value in metrics.items()}
+        digits = {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in metrics.items()}
         rows = "".join(f"\n| {name} | {value} |" for name, value in digits.items())
         parts.append(f"## Results\n\n| metric | last value |\n|---|---|{rows}")
     if (output_dir / "curves.png").exists():

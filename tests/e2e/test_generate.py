@@ -22,7 +22,8 @@ def prompts(tmp_path_factory):
 
 def run(model, prompts, output_file, flags=""):
     base = f"generate --model_name_or_path {model} --dataset_name {prompts} --output_file {output_file}"
-    return main([*base.split(), *"--max_new_tokens 12 --batch_size 2 --num_return_sequences 2".split(), *flags.split()])
+    shared = "--max_new_tokens 12 --batch_size 2 --num_return_sequences 2"
+    return main(f"{base} {shared} {flags}".split())
 
 
 def lines(path):

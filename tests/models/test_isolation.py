@@ -115,7 +115,7 @@ def test_a_piece_of_a_cut_row_is_a_document_of_its_own(strategy, pieces, tokeniz
         tokenized_cache_dir="",
     )
     trainer = SFTTrainer(model, config, [{"input_ids": row} for row in rows], processing_class=tokenizer)
-    batch = trainer.train_loader.batch(0)
+    batch = trainer.feed.loader.batch(0)
     expected = {
         tuple(piece.tolist())
         for row, sizes in zip(rows, pieces, strict=True)

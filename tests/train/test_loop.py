@@ -5,6 +5,7 @@ import pytest
 
 from jaxpost.errors import ConfigError, NonFiniteError
 from jaxpost.metrics import Mean
+from jaxpost.offline import Read
 from jaxpost.train.loop import LoopConfig, Schedule, fit
 from jaxpost.train.state import TrainState
 from jaxpost.train.step import StepReport
@@ -19,6 +20,16 @@ class Recorder:
 
     def progress(self, step, loss, tokens_per_second):
         self.events.append(("progress", step))
+
+
+class Source:
+    """Batches that a function makes of the state."""
+
+    def __init__(self, make, ahead=True):
+        self.make, self.ahead = make, ahead
+
+    def __call__(self, state):
+        return Read(self.make(state), {"made": Mean(1.0, 1.0)}, {"generation": 0.25})
 
 
 def run(totals, counts=None, *, finite=None, start=0, evaluate=None, source=None, annotate=None, **schedule):
@@ -40,7 +51,7 @@ def run(totals, counts=None, *, finite=None, start=0, evaluate=None, source=None
     options = {"total_steps": len(totals), "steps_per_epoch": 4, "log_every": 1, **schedule}
     final = fit(
         TrainState(jnp.int32(start), None, None, None),
-        source=source or (lambda state: {}),
+        source=source or Source(lambda state: {}),
         annotate=annotate or (lambda state, batch: batch),
         step=step,
         evaluate=evaluate,
@@ -64,8 +75,19 @@ def test_the_share_of_the_time_that_steps_wait_for_a_batch(monkeypatch):
 
         return act
 
-    log = run([1.0] * 12, log_every=4, source=takes(1.0), annotate=takes(3.0))
-    assert [row["input_share"] for _, row in log.rows[1:]] == [0.25, 0.25]
+    log = run([1.0] * 12, log_every=4, source=Source(takes(1.25)), annotate=takes(3.0))
+    assert [row["input_share"] for _, row in log.rows[1:]] == [1 / 4.25] * 2
+    assert [(row["input_time"], row["generation_time"], row["made"]) for _, row in log.rows[1:2]] == [(1.0, 0.25, 1.0)]
+
+
+def test_a_source_that_needs_the_state_waits_for_the_step_before():
+    events = []
+    source = Source(lambda state: events.append(("made", int(state.step))) or {}, ahead=False)
+    log = run([1.0, 2.0], source=source)
+    assert [row["loss"] for _, row in log.rows] == [1.0, 2.0]
+    assert events == [("made", 0), ("made", 1)]
+    names = [event[:2] for event in log.events]
+    assert names.index(("progress", 1)) < names.index(("step", 2))
 
 
 def test_a_window_is_a_sum_over_a_sum():

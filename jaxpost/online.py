@@ -1,0 +1,240 @@
+"""The feed of methods that learn from completions of the policy: prompts, sampler and rewards.
+
+The policy that trains is the policy that samples: the same arrays, without a copy.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxpost.base_model import BaseModel
+from jaxpost.data.bad_rows import BadRows
+from jaxpost.data.fingerprint import digest
+from jaxpost.data.mixture import load_datasets
+from jaxpost.data.prompts import Prompts, read_prompts
+from jaxpost.data.rows import Rows, as_rows
+from jaxpost.data.tokenizer import eos_ids
+from jaxpost.errors import ConfigError
+from jaxpost.methods import PROMPTS
+from jaxpost.models.config import Compute
+from jaxpost.models.pretrained import open_source
+from jaxpost.objectives.base import Batch
+from jaxpost.offline import Run
+from jaxpost.options import part_of
+from jaxpost.rl.generate import Completion, generate
+from jaxpost.rl.report import Recorder
+from jaxpost.rl.rewards import RewardFunctionsConfig, Rewards
+from jaxpost.rl.rollout import Answers, Plan, Rollouts, plan
+from jaxpost.rl.sampling import SamplingConfig
+from jaxpost.scoring import score
+from jaxpost.sharding import batch_groups, put
+from jaxpost.train.state import TrainState, merge
+from jaxpost.train.step import InParts, Programs, split_batch
+
+RewardFunction = str | Callable[..., Any]
+
+
+class Online:
+    """Batches of completions of the policy.
+
+    Args:
+        args: the run's config.
+        base: the model as it was opened.
+        train, held_out: rows with prompts; by default those of `--dataset_name`.
+        reward_funcs: names or functions; by default `--reward_funcs`.
+        mesh: where batches go.
+        folder: of the run.
+
+    Raises:
+        ConfigError, DataError: a flag, a row or a reward function cannot be used.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        base: BaseModel,
+        train: Any,
+        held_out: Any,
+        reward_funcs: Sequence[RewardFunction] | RewardFunction | None,
+        mesh: Mesh,
+        folder: Path,
+    ):
+        if jax.process_count() > 1:
+            raise ConfigError("methods that sample run on one process for now, with all of its devices")
+        self.args, self.base, self.mesh, self.folder = args, base, mesh, folder
+        self.plan: Plan = plan(
+            args, args.per_device_train_batch_size, batch_groups(mesh), args.gradient_accumulation_steps
+        )
+        if args.save_strategy == "steps" and args.save_steps % self.plan.num_steps:
+            raise ConfigError(
+                f"save_steps is {args.save_steps}; a run can go on only where completions are made anew: give a "
+                f"multiple of {self.plan.num_steps}"
+            )
+        self.prompts, self.eval_prompts = self._read(train, held_out)
+        given = args.reward_funcs if reward_funcs is None else reward_funcs
+        functions = [given] if isinstance(given, str) or callable(given) else list(given or [])
+        weights = args.reward_weights
+        if weights is not None and len(weights) != len(functions):
+            raise ConfigError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions")
+        self.rewards = Rewards(
+            [reward_model(function, args) for function in functions], part_of(args, RewardFunctionsConfig)
+        )
+        self.steps_per_epoch = max(1, len(self.prompts.tokens) // self.plan.num_prompts) * self.plan.num_steps
+        self.num_steps = args.total_steps(self.steps_per_epoch)
+
+    def fingerprint(self) -> str:
+        """What the batches depend on, beside the policy."""
+        chosen = (self.plan, self.args.seed, self.args.shuffle_dataset, part_of(self.args, SamplingConfig))
+        return digest(self.prompts.digest(), self.rewards.names, self.args.max_completion_length, *chosen)
+
+    def source(self, run: Run, state: TrainState, step: Programs) -> Rollouts:
+        """Completions from the next step on."""
+        return self._rollouts(run, run.start)
+
+    def evaluation(self, run: Run, state: TrainState) -> Callable[[TrainState], dict[str, float]]:
+        """Rewards of completions of the held-out prompts."""
+        rollouts = self._rollouts(run, 0)
+        return lambda state: self._measured(rollouts, state)
+
+    def evaluate(self, run: Run, state: TrainState, rows: Any) -> dict[str, float]:
+        """Likewise, once, for the held-out prompts or others."""
+        if rows is not None:
+            self.eval_prompts = self._prompts(as_rows(rows, "eval_dataset"))
+        return self._measured(self._rollouts(run, 0), state)
+
+    def close(self) -> None:
+        """End the processes of reward functions."""
+        self.rewards.close()
+
+    def _measured(self, rollouts: Rollouts, state: TrainState) -> dict[str, float]:
+        if self.eval_prompts is None:
+            raise ConfigError("nothing to evaluate on: give eval_dataset, or --dataset_name with a test split")
+        per_prompt = self.args.num_generations_eval or self.args.num_generations
+        values = rollouts.evaluate(state, self.eval_prompts, per_prompt)
+        return {f"eval_{name}": value for name, value in values.items()}
+
+    def _read(self, train: Any, held_out: Any) -> tuple[Prompts, Prompts | None]:
+        args = self.args
+        if train is None:
+            train, configured = load_datasets(
+                args, seed=args.seed, evaluates=args.evaluates and held_out is None, accepted=PROMPTS
+            )
+            held_out = configured if held_out is None else held_out
+        if held_out is None and args.evaluates:
+            raise ConfigError("evaluation was asked for, but there is no eval_dataset")
+        train = as_rows(train, f"{args.dataset_name or 'train_dataset'} ({args.dataset_train_split})")
+        return self._prompts(train), None if held_out is None else self._prompts(as_rows(held_out, "eval_dataset"))
+
+    def _prompts(self, rows: Rows) -> Prompts:
+        bad_rows, base = BadRows(self.args.on_bad_row), self.base
+        room = base.config.max_positions - self.args.max_completion_length
+        if room < 1:
+            raise ConfigError(
+                f"max_completion_length is {self.args.max_completion_length}, but the model reads "
+                f"{base.config.max_positions} tokens, prompt and completion together"
+            )
+        options = {"vocab_size": base.vocab_size, "max_tokens": room, "bad_rows": bad_rows}
+        prompts = read_prompts(rows, base.tokenizer, **options)
+        skipped = f"; {bad_rows}" if bad_rows.counts else ""
+        base.notes.append(f"{rows.name}: {len(prompts.tokens)} prompts{skipped}")
+        return prompts
+
+    def _rollouts(self, run: Run, start: int) -> Rollouts:
+        args, base = self.args, self.base
+        ends = eos_ids(base.tokenizer, base.generation_config, base.config.hf, base.vocab_size)
+        knobs = part_of(args, SamplingConfig).knobs()
+
+        def complete(state: TrainState, prompts: list[np.ndarray], each: int, first: int) -> list[Completion]:
+            return generate(
+                merge(run.graphdef, state.params, state.frozen),
+                prompts,
+                max_new_tokens=args.max_completion_length,
+                eos_ids=ends,
+                sampling=knobs,
+                num_return_sequences=each,
+                seed=args.seed,
+                first_request=first,
+                batch_size=args.rollout_batch_size * batch_groups(self.mesh),
+            )
+
+        recorder = Recorder(
+            self.folder, self.rewards.names, (args.num_completions_to_print or 8) if args.log_completions else 0
+        )
+
+        def record(step: int, answers: Answers, advantages: np.ndarray) -> None:
+            rewards = answers.scored.rewards.T
+            columns = {"prompt": [self.prompts.columns["prompt"][i] for i in answers.prompts]}
+            columns |= {"completion": answers.texts}
+            columns |= {name: _known(values) for name, values in zip(self.rewards.names, rewards, strict=True)}
+            recorder(step, columns | answers.scored.columns | {"advantage": advantages.tolist()})
+
+        return Rollouts(
+            self.prompts,
+            self.plan,
+            args,
+            complete=complete,
+            read=self._text,
+            rewards=self.rewards,
+            appraise=Appraisal(run, self.plan, self.mesh, args.gradient_accumulation_steps),
+            record=record,
+            seed=args.seed,
+            branches=base.config.reads_branches,
+            start=start,
+        )
+
+    def _text(self, completion: Completion, prompt: Any) -> Any:
+        """A completion as reward functions see it: text, or messages where the prompt is messages."""
+        text = self.base.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+class Appraisal:
+    """Makes the batches of optimizer steps of the rows of a generation; what it compiles, it compiles once."""
+
+    def __init__(self, run: Run, numbers: Plan, mesh: Mesh, accumulation: int):
+        self._mesh = mesh
+        self._fixed = None if run.reference is None else run.reference.arrays
+        parts, reused = numbers.num_parts, numbers.num_steps > 1
+
+        @jax.jit
+        def appraise(params: Any, frozen: Any, arrays: Any, batch: Batch) -> tuple[list[Batch], jax.Array]:
+            policy = merge(run.graphdef, params, frozen)
+            reference = run.reference
+            compared = None if reference is None else InParts(reference.build(policy, arrays), parts * accumulation)
+            appraised = run.objective.appraise(InParts(policy, parts * accumulation), compared, batch, reused=reused)
+            split = split_batch(appraised, parts)
+            return [jax.tree.map(lambda column, i=i: column[i], split) for i in range(parts)], appraised["advantages"]
+
+        self._appraise = appraise
+
+    def __call__(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[list[Batch], np.ndarray]:
+        """The batches, and the advantage of each completion [B, S]."""
+        arrays = self._fixed if state.reference is None else state.reference
+        batches, advantages = self._appraise(state.params, state.frozen, arrays, put(dict(batch), self._mesh))
+        return batches, np.asarray(advantages)
+
+
+def reward_model(function: RewardFunction, args: Any) -> RewardFunction:
+    """A reward model as a function, where the name is that of a folder; anything else as it is."""
+    if not isinstance(function, str) or not Path(function).is_dir():
+        return function
+    source = open_source(function)
+    if not source.has_trained_head("reward"):
+        raise ConfigError(f"reward_funcs: {function} has no trained reward head; train one with jaxpost reward")
+    model = source.load(head="reward", dtype=args.dtype, compute=Compute(dtype=args.dtype))
+    tokenizer = source.tokenizer()
+
+    def scores(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, completions, strict=True)]
+        return score(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size).tolist()
+
+    scores.__name__ = Path(function).name
+    return scores
+
+
+def _known(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]

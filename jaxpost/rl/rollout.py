@@ -1,0 +1,364 @@
+"""The source of online methods: prompts, completions of the policy, their rewards, and the rows to train on."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpost.data.examples import Example
+from jaxpost.data.loader import collate, shuffled
+from jaxpost.data.prompts import Prompts
+from jaxpost.errors import ConfigError
+from jaxpost.metrics import Contrast, Mean, Metric
+from jaxpost.options import option
+from jaxpost.rl.generate import Completion
+from jaxpost.rl.report import Scores, completion_metrics, reward_metrics
+from jaxpost.rl.rewards import Rewards, Scored
+
+LEAST_STEP = 64  # tokens by which row lengths differ at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How many completions there are and how often; names and defaults are TRL's."""
+
+    num_generations: int = option(8, "Completions of each prompt that are compared with each other.")
+    num_iterations: int = option(1, "How often the completions of one generation are learned from.")
+    steps_per_generation: int | None = option(
+        None, "Micro-batches that one generation fills; by default gradient_accumulation_steps."
+    )
+    generation_batch_size: int | None = option(None, "Completions of one generation, instead of steps_per_generation.")
+    rollout_batch_size: int = option(64, "Completions per data-parallel group that are decoded together.")
+    shuffle_dataset: bool = option(True, "Take the prompts in random order.")
+    dynamic_sampling: bool = option(
+        False, "Sample other prompts in place of those whose completions are all rewarded alike (DAPO)."
+    )
+    max_resamplings: int = option(3, "How often dynamic_sampling tries.")
+    num_generations_eval: int | None = option(None, "Completions of each held-out prompt; by default num_generations.")
+    log_completions: bool = option(False, "Print some completions of each generation; all are kept in completions/.")
+    num_completions_to_print: int | None = option(None, "How many; 8 by default.")
+
+    def __post_init__(self) -> None:
+        for name in ("num_generations", "num_iterations", "rollout_batch_size", "max_resamplings"):
+            least = 2 if name == "num_generations" else 1
+            if vars(self)[name] < least:
+                raise ConfigError(f"{name} is {vars(self)[name]}; it must be at least {least}")
+        for name in (
+            "steps_per_generation",
+            "generation_batch_size",
+            "num_generations_eval",
+            "num_completions_to_print",
+        ):
+            if vars(self)[name] is not None and vars(self)[name] < 1:
+                raise ConfigError(f"{name} is {vars(self)[name]}; it must be at least 1")
+        if self.steps_per_generation is not None and self.generation_batch_size is not None:
+            raise ConfigError("steps_per_generation and generation_batch_size say the same; give one of them")
+
+
+class Plan(NamedTuple):
+    """The numbers of a run.
+
+    Attributes:
+        num_prompts, num_generations: of one generation.
+        row_size: completions of a row.
+        num_rows: rows of an optimizer step.
+        num_parts: optimizer steps that one generation has different rows for.
+        num_iterations: how often each of them is taken.
+    """
+
+    num_prompts: int
+    num_generations: int
+    row_size: int
+    num_rows: int
+    num_parts: int
+    num_iterations: int
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of a generation."""
+        return self.num_parts * self.num_iterations
+
+    @property
+    def num_completions(self) -> int:
+        """Of a generation."""
+        return self.num_prompts * self.num_generations
+
+
+def plan(config: RolloutConfig, row_size: int, groups: int, accumulation: int) -> Plan:
+    """The numbers of a run with rows of `row_size` completions, for groups of devices that accumulate so many rows.
+
+    Raises:
+        ConfigError: they do not divide.
+    """
+    per_micro = row_size * groups
+    steps = config.steps_per_generation or accumulation
+    if config.generation_batch_size is not None:
+        if config.generation_batch_size % per_micro:
+            raise ConfigError(
+                f"generation_batch_size is {config.generation_batch_size}; it must be a multiple of the {per_micro} "
+                "completions of a micro-batch"
+            )
+        steps = config.generation_batch_size // per_micro
+    if steps % accumulation:
+        raise ConfigError(
+            f"a generation fills {steps} micro-batches; that must be a multiple of gradient_accumulation_steps, "
+            f"{accumulation}"
+        )
+    if per_micro * steps % config.num_generations:
+        raise ConfigError(
+            f"a generation has {per_micro * steps} completions; that must be a multiple of num_generations, "
+            f"{config.num_generations}: change per_device_train_batch_size or gradient_accumulation_steps"
+        )
+    prompts = per_micro * steps // config.num_generations
+    rows = groups * accumulation
+    return Plan(prompts, config.num_generations, row_size, rows, steps // accumulation, config.num_iterations)
+
+
+class Rollout(NamedTuple):
+    """What a step is given.
+
+    Attributes:
+        batch: on the devices.
+        metrics: of the completions, where they are new.
+        times: seconds spent on them, by purpose.
+    """
+
+    batch: Any
+    metrics: Mapping[str, Metric]
+    times: Mapping[str, float]
+
+
+class Answers(NamedTuple):
+    """Completions of one generation, those of a prompt one after the other.
+
+    Attributes:
+        prompts: number of each one's prompt.
+        completions: of the policy.
+        texts: as reward functions see them.
+        scored: what those say.
+    """
+
+    prompts: list[int]
+    completions: list[Completion]
+    texts: list[Any]
+    scored: Scored
+
+
+class Rollouts:
+    """Batches of completions of the policy that is being trained; what they are depends on seed and step alone.
+
+    Args:
+        prompts: to complete.
+        plan: the numbers.
+        config: of the run.
+        complete: (state, prompts, number of completions of each, number of the first) -> completions.
+        read: completion and its prompt's cell -> what reward functions see of it.
+        rewards: the functions.
+        appraise: (state, rows of a generation) -> batches of its optimizer steps, and the advantages [B, S].
+        record: (step, completions) -> None: keeps them for the user.
+        seed: of the order of the prompts.
+        branches: the model reads a prompt once for several completions.
+        start: the first step.
+
+    Attributes:
+        ahead: False, since the policy has to have taken the step before.
+    """
+
+    ahead = False
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        plan: Plan,
+        config: RolloutConfig,
+        *,
+        complete: Callable[[Any, list[np.ndarray], int, int], list[Completion]],
+        read: Callable[[Completion, Any], Any],
+        rewards: Rewards,
+        appraise: Callable[[Any, dict[str, np.ndarray]], tuple[list[Any], np.ndarray]],
+        record: Callable[[int, "Answers", np.ndarray], None],
+        seed: int,
+        branches: bool,
+        start: int = 0,
+    ):
+        self.prompts, self.plan, self.config = prompts, plan, config
+        self._complete, self._read, self._rewards = complete, read, rewards
+        self._appraise, self._record = appraise, record
+        self._seed, self._branches, self._next = seed, branches, start
+        self._batches: list[Any] = []
+
+    def __call__(self, state: Any) -> Rollout:
+        """The batch of the next step; generates where a generation begins."""
+        step, self._next = self._next, self._next + 1
+        generation, rest = divmod(step, self.plan.num_steps)
+        metrics, times = {}, {}
+        if rest == 0:
+            self._batches, metrics, times = self._generate(state, generation, step)
+        return Rollout(self._batches[rest % self.plan.num_parts], metrics, times)
+
+    def evaluate(self, state: Any, prompts: Prompts, per_prompt: int) -> dict[str, float]:
+        """Rewards of completions of other prompts."""
+        answers, _ = self._answer(state, prompts, list(range(len(prompts.tokens))), per_prompt, 0)
+        metrics = completion_metrics(answers.completions) | reward_metrics(self._scores(answers, per_prompt))
+        return {name: _value(metric) for name, metric in metrics.items()}
+
+    def _generate(
+        self, state: Any, generation: int, step: int
+    ) -> tuple[list[Any], dict[str, Metric], dict[str, float]]:
+        numbers = [self._prompt(generation * self.plan.num_prompts + i) for i in range(self.plan.num_prompts)]
+        first = generation * self.plan.num_completions * (1 + self.config.max_resamplings)
+        answers, times = self._answer(state, self.prompts, numbers, self.plan.num_generations, first)
+        if self.config.dynamic_sampling:
+            answers, more = self._resampled(state, answers, generation, first)
+            times = {name: seconds + more.get(name, 0.0) for name, seconds in times.items()}
+        began = time.perf_counter()
+        rows = deal([len(completion.tokens) for completion in answers.completions], self.plan)
+        batches, advantages = self._appraise(state, self._rows(answers, rows))
+        ordered = np.zeros(len(answers.completions), np.float32)
+        for row, members in enumerate(rows):
+            ordered[members] = advantages[row, : len(members)]
+        times["appraise"] = time.perf_counter() - began
+        self._record(step, answers, ordered)
+        metrics = completion_metrics(answers.completions) | reward_metrics(
+            self._scores(answers, self.plan.num_generations)
+        )
+        return batches, metrics, times
+
+    def _scores(self, answers: Answers, per_prompt: int) -> Scores:
+        weights = getattr(self.config, "reward_weights", None)
+        return Scores(self._rewards.names, answers.scored, per_prompt, weights)
+
+    def _prompt(self, place: int) -> int:
+        """Number of the prompt at a place of the endless order."""
+        epoch, index = divmod(place, len(self.prompts.tokens))
+        return (
+            int(shuffled(len(self.prompts.tokens), self._seed, epoch)[index]) if self.config.shuffle_dataset else index
+        )
+
+    def _answer(
+        self, state: Any, prompts: Prompts, numbers: Sequence[int], per_prompt: int, first: int
+    ) -> tuple[Answers, dict[str, float]]:
+        """Completions of these prompts and their rewards; and the seconds that either took."""
+        began = time.perf_counter()
+        completions = self._complete(state, [prompts.tokens[i] for i in numbers], per_prompt, first)
+        done = time.perf_counter()
+        each = [i for i in numbers for _ in range(per_prompt)]
+        columns = {name: [cells[i] for i in each] for name, cells in prompts.columns.items()}
+        asked = columns.pop("prompt")
+        texts = [self._read(completion, prompt) for completion, prompt in zip(completions, asked, strict=True)]
+        arguments = {
+            **columns,
+            "prompts": asked,
+            "completions": texts,
+            "completion_ids": [completion.tokens for completion in completions],
+        }
+        scored = self._rewards(arguments, [prompts.rows[i] for i in each])
+        times = {"generation": done - began, "reward": time.perf_counter() - done}
+        return Answers(each, completions, texts, scored), times
+
+    def _resampled(self, state: Any, answers: Answers, generation: int, first: int) -> tuple[Answers, dict[str, float]]:
+        """Other prompts where rewards do not differ, as long as there are such and tries are left.
+
+        Yu et al., 2025, "DAPO", arXiv:2503.14476, equation 11.
+        """
+        spent: dict[str, float] = {}
+        rng = np.random.default_rng([self._seed, generation])
+        for attempt in range(1, self.config.max_resamplings + 1):
+            dull = self._dull(answers)
+            if not dull:
+                break
+            numbers = rng.integers(len(self.prompts.tokens), size=len(dull)).tolist()
+            begin = first + attempt * self.plan.num_completions
+            others, times = self._answer(state, self.prompts, numbers, self.plan.num_generations, begin)
+            spent = {name: seconds + spent.get(name, 0.0) for name, seconds in times.items()}
+            better = [i for i in range(len(dull)) if i not in self._dull(others)]
+            answers = self._replaced(answers, dict(zip(dull, better, strict=False)), others)
+        return answers, spent
+
+    def _dull(self, answers: Answers) -> list[int]:
+        """Groups whose completions are all rewarded alike."""
+        values = self._scores(answers, self.plan.num_generations).summed.reshape(-1, self.plan.num_generations)
+        return [i for i, group in enumerate(values) if len(set(group[~np.isnan(group)].tolist())) < 2]
+
+    def _replaced(self, answers: Answers, places: Mapping[int, int], others: Answers) -> Answers:
+        """Groups of other answers in the places of some of these."""
+        size = self.plan.num_generations
+        index = np.arange(len(answers.completions))
+        for place, other in places.items():
+            index[place * size : (place + 1) * size] = len(index) + other * size + np.arange(size)
+
+        def pick(own: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+            both = [*own, *new]
+            return [both[i] for i in index]
+
+        scored = answers.scored._replace(
+            rewards=np.concatenate([answers.scored.rewards, others.scored.rewards])[index],
+            failed=np.concatenate([answers.scored.failed, others.scored.failed])[index],
+        )
+        return Answers(
+            pick(answers.prompts, others.prompts),
+            pick(answers.completions, others.completions),
+            pick(answers.texts, others.texts),
+            scored,
+        )
+
+    def _rows(self, answers: Answers, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """The rows of a generation: [B, T] of tokens and [B, S] of completions."""
+        examples = [[self._example(answers, members, i) for i in range(len(members))] for members in rows]
+        longest = max(sum(len(example.tokens) for example in row) for row in examples)
+        batch = collate(examples, self._length(longest), pad_id=0)
+        size = self.plan.num_generations
+        members = np.array(rows)
+        sampled = np.zeros(batch["tokens"].shape, np.float32)
+        for row, (numbers, parts) in enumerate(zip(rows, examples, strict=True)):
+            ends = np.cumsum([len(part.tokens) for part in parts])
+            for end, number in zip(ends, numbers, strict=True):
+                logps = answers.completions[number].logps
+                sampled[row, end - len(logps) - 1 : end - 1] = logps
+        ended = np.array([completion.ended for completion in answers.completions], np.float32)
+        return {
+            **batch,
+            "examples": np.ones(members.shape, np.float32),
+            "groups": (members // size).astype(np.int32),
+            "rewards": answers.scored.rewards[members],
+            "ended": ended[members],
+            "sampled_logps": sampled,
+        }
+
+    def _example(self, answers: Answers, members: Sequence[int], i: int) -> Example:
+        """A completion with its prompt, or as a branch of the first one of the same prompt in the row."""
+        prompt, completion = self.prompts.tokens[answers.prompts[members[i]]], answers.completions[members[i]].tokens
+        size = self.plan.num_generations
+        follows = i > 0 and members[i] // size == members[i - 1] // size
+        start = len(prompt) - 1 if self._branches and follows else 0
+        tokens = np.concatenate([prompt[start:], completion]).astype(np.int32)
+        return Example(tokens, np.arange(len(tokens)) >= len(prompt) - start, 0.0, start)
+
+    @staticmethod
+    def _length(longest: int) -> int:
+        """The row length for a batch: one of few, at most an eighth longer."""
+        step = max(LEAST_STEP, 1 << max(0, longest.bit_length() - 4))
+        return longest + -longest % step
+
+
+def deal(lengths: Sequence[int], plan: Plan) -> list[list[int]]:
+    """Which completions stand in each row of a generation; all rows have as many, and about as many tokens.
+
+    Completions of a prompt stay together where a row has room for them. Longest first, in turns from the first row to
+    the last and back.
+    """
+    block = int(np.gcd(plan.num_generations, plan.row_size))
+    blocks = np.arange(len(lengths)).reshape(-1, block)
+    sizes = np.array([sum(lengths[i] for i in members) for members in blocks])
+    num_rows = len(lengths) // plan.row_size
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    for turn, number in enumerate(np.argsort(-sizes, kind="stable")):
+        lap, place = divmod(turn, num_rows)
+        rows[place if lap % 2 == 0 else num_rows - 1 - place].append(int(number))
+    return [[int(i) for number in sorted(row) for i in blocks[number]] for row in rows]
+
+
+def _value(metric: Metric) -> float:
+    return float(metric.value()) if isinstance(metric, Mean | Contrast) else float(metric[0])

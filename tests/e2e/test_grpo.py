@@ -1,0 +1,180 @@
+"""Methods that learn from completions of the policy, by the command line and in Python."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from jaxpost import GRPOConfig, GRPOTrainer, from_pretrained
+from jaxpost.cli import main
+from tests.conftest import make_tokenizer
+from tests.e2e.test_lora import assert_same
+
+REWARD = '''
+def early(completion_ids, **kwargs):
+    """Small ids are good; completions differ in length, some have nothing to be said of."""
+    return [None if ids[0] % 11 == 0 else sum(i < 150 for i in ids) / len(ids) for ids in completion_ids]
+'''
+PROMPTS = [{"prompt": "what is " + "x" * (1 + n % 5) + str(n), "answer": str(n)} for n in range(20)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("grpo")
+    (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    (home / "rewards.py").write_text(REWARD)
+    return home
+
+
+def run(method, model, home, output_dir, flags=""):
+    base = f"{method} --model_name_or_path {model} --dataset_name {home}/prompts.jsonl --output_dir {output_dir}"
+    shared = (
+        "--report_to none --per_device_train_batch_size 4 --num_generations 4 --max_completion_length 6 "
+        "--learning_rate 1e-2 --logging_steps 1 --max_steps 4 --save_steps 2 --lr_scheduler_type constant"
+    )
+    rewards = f"--reward_funcs {home}/rewards.py:early"
+    return main([*base.split(), *shared.split(), *rewards.split(), *flags.split()])
+
+
+def logged(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def grpo(tiny_folder, home, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "grpo"
+    assert run("grpo", tiny_folder, home, out) == 0
+    return out
+
+
+def test_the_policy_learns_and_says_how(grpo):
+    log = logged(grpo)
+    assert log[-1]["reward"] > log[0]["reward"] + 0.02
+    for row in log:
+        assert row["sampling/sampling_logp_difference/max"] < 1e-5
+        assert {"generation_time", "reward_time", "completions/mean_length", "rewards/early/mean"} <= set(row)
+        assert 0 < row["rewards/early/excluded"] < 0.5 and row["rewards/early/failed"] == 0
+
+
+def test_every_completion_is_kept(grpo):
+    files = sorted((grpo / "completions").iterdir())
+    assert [file.name for file in files] == [f"completions_{step:05d}.parquet" for step in range(1, 5)]
+    table = pq.read_table(files[0]).to_pydict()
+    assert len(table["prompt"]) == 32
+    groups = np.array(table["advantage"]).reshape(8, 4)
+    np.testing.assert_allclose(groups.sum(axis=1), 0, atol=1e-5)
+    assert all(a == 0 for a, r in zip(table["advantage"], table["early"], strict=True) if r is None)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mesh data=2,tensor=4 --per_device_train_batch_size 8 --gradient_accumulation_steps 2",
+        "--mesh fsdp=4,tensor=2 --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --rollout_batch_size 4",
+    ],
+)
+def test_layout_changes_nothing(grpo, tiny_folder, home, tmp_path, flags):
+    assert run("grpo", tiny_folder, home, tmp_path / "out", flags) == 0
+    for ours, theirs in zip(logged(tmp_path / "out"), logged(grpo), strict=True):
+        for name in ("reward", "entropy", "grad_norm", "completions/mean_length"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, err_msg=name)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(grpo, tiny_folder, home, tmp_path):
+    assert run("grpo", tiny_folder, home, tmp_path / "parts", "--max_steps 2") == 0
+    assert run("grpo", tiny_folder, home, tmp_path / "parts", "--resume_from_checkpoint true") == 0
+    assert_same(weights(tmp_path / "parts"), weights(grpo))
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("grpo", "--num_iterations 2 --generation_batch_size 64 --beta 0.1 --save_steps 4"),
+        ("grpo", "--dynamic_sampling --use_adaptive_entropy --top_entropy_quantile 0.8"),
+        (
+            "grpo",
+            "--loss_type cispo --epsilon_high 5 --beta 0.1 --use_peft --lora_r 4",
+        ),
+        ("rloo", "--top_k 100 --top_p 0.95 --min_p 0.01 --repetition_penalty 1.1"),
+        ("rloo", "--baseline batch --beta 0 --steps_per_generation 2"),
+    ],
+)
+def test_other_ways_to_train(tiny_folder, home, tmp_path, method, flags):
+    assert run(method, tiny_folder, home, tmp_path / "out", f"{flags} --save_strategy no") == 0
+    log = logged(tmp_path / "out")
+    assert all(np.isfinite(value) for row in log for value in row.values())
+    assert any(row["grad_norm"] > 0 for row in log)
+
+
+def test_python_face_with_functions_evaluation_and_a_reward_that_says_nothing(tiny_folder, tmp_path):
+    args = GRPOConfig(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=4,
+        max_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=["none"],
+        eval_strategy="steps",
+        num_generations_eval=1,
+        reward_weights=[1.0, 0.5],
+    )
+    trainer = GRPOTrainer(
+        from_pretrained(tiny_folder),
+        reward_funcs=[lambda completion_ids, **_: [len(ids) for ids in completion_ids], nothing],
+        args=args,
+        train_dataset=PROMPTS,
+        eval_dataset=PROMPTS[:3],
+        processing_class=make_tokenizer(),
+    )
+    metrics = trainer.train()
+    assert metrics["eval_rewards/<lambda>/mean"] > 1 and metrics["rewards/nothing/excluded"] == 1
+    assert trainer.evaluate(PROMPTS[:5])["eval_completions/max_length"] <= 4
+
+
+def nothing(completions, **_):
+    """A reward that does not apply."""
+    return [None] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ("--num_generations 1", 2, "num_generations is 1"),
+        ("--num_generations 5", 2, "a generation has 32 completions; that must be a multiple of num_generations, 5"),
+        ("--reward_funcs numeric", 2, "no function 'numeric'"),
+        ("--reward_weights 1 2", 2, "reward_weights has 2 numbers for 1 reward functions"),
+        ("--num_iterations 3", 2, "save_steps is 2; a run can go on only where completions are made anew"),
+        ("--max_completion_length 4000", 2, "max_completion_length is 4000, but the model reads"),
+        ("--temperature 0", 2, "temperature is 0.0; it must be above 0"),
+        ("--loss_type cispo", 2, "cispo: epsilon_high is the greatest weight of a token"),
+        ("--precompute_ref_log_probs", 2, "completions are not known in advance"),
+    ],
+)
+def test_mistakes_are_named(tiny_folder, home, tmp_path, capsys, flags, code, message):
+    assert run("grpo", tiny_folder, home, tmp_path / "out", flags) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_prompt_without_room_is_named_or_left_out(tiny_folder, home, tmp_path, capsys):
+    rows = [*PROMPTS[:8], {"prompt": "long " * 2000, "answer": "0"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"--dataset_name {tmp_path}/prompts.jsonl --max_steps 1"
+    assert run("grpo", tiny_folder, home, tmp_path / "out", flags) == 3
+    assert "prompts.jsonl, row 9: the prompt has" in capsys.readouterr().err
+    assert run("grpo", tiny_folder, home, tmp_path / "out", f"{flags} --on_bad_row skip") == 0
+
+
+def test_a_reward_that_always_fails_ends_the_run(tiny_folder, home, tmp_path, capsys):
+    (tmp_path / "bad.py").write_text("def bad(completions, **kwargs):\n    raise KeyError('lost')\n")
+    flags = f"--reward_funcs {tmp_path}/bad.py:bad"
+    assert run("grpo", tiny_folder, home, tmp_path / "out", flags) == 3
+    assert "reward function bad fails for 32 of 32 completions" in capsys.readouterr().err

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 
 from jaxpost.cli import main
-from jaxpost.data import word_problem_pairs, word_problems
+from jaxpost.data import sums, word_problem_pairs, word_problems
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+
+
+WRITERS = {"sft": word_problems.write, "grpo": sums.write}
 
 
 def method_of(path):
@@ -16,10 +19,12 @@ def method_of(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_runs_one_step(path, tiny_folder, tmp_path):
-    write = word_problems.write if method_of(path) == "sft" else word_problem_pairs.write_pairs
+    write = WRITERS.get(method_of(path), word_problem_pairs.write_pairs)
     write(tmp_path / "data", num_rows=40, seed=0)
     given = f"--model_name_or_path {tiny_folder} --dataset_name {tmp_path / 'data'} --output_dir {tmp_path / 'out'}"
-    small = "--max_steps 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --max_length 512"
+    small = "--max_steps 1 --per_device_eval_batch_size 1 "
+    small += "--num_generations 4" if method_of(path) == "grpo" else "--max_length 512"
+    small += " --per_device_train_batch_size 1"
     assert main([method_of(path), "--config", str(path), *given.split(), *small.split(), "--report_to", "none"]) == 0
     weights = "adapter_model.safetensors" if "use_peft: true" in path.read_text() else "model.safetensors"
     assert (tmp_path / "out" / weights).exists()

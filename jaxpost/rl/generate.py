@@ -19,6 +19,7 @@ from jaxpost.rl.slots import Programs, Slots, programs
 
 CACHE_MULTIPLE = 64
 LEAST_SLOTS = 4  # below, fewer slots are hardly faster
+LEAST_TOKENS = 64  # of a completion; for shorter ones, fewer slots are not worth another program
 REFILL_SHARE = 8  # slots that are free before the next prompts are read: one in so many
 PLAIN = Sampling()
 STOP_STEPS = 16  # tokens between two looks for what else ends a completion
@@ -102,6 +103,7 @@ class _Batch:
     def __init__(self, compiled: Programs, weights: Any, rows: int, stop: Callable[[list[int]], int | None] | None):
         self._compiled, self._weights, self._stop = compiled, weights, stop
         self._layers = compiled.layers(weights)
+        self._shrinks = compiled.max_new_tokens >= LEAST_TOKENS
         self._slots: Slots = compiled.empty(weights, rows)
         self._requests: list[int | None] = [None] * rows
 
@@ -134,16 +136,17 @@ class _Batch:
         `more` requests wait for a free slot.
         """
         rows, active = len(self._requests), self.active
-        wanted = min(more, max(1, rows // REFILL_SHARE)) if more else max(1, active - max(LEAST_SLOTS, rows // 2))
-        if not more and rows <= LEAST_SLOTS:
-            wanted = active
+        if more:
+            wanted = min(more, max(1, rows // REFILL_SHARE))
+        else:
+            wanted = active - rows // 2 if self._shrinks and rows > LEAST_SLOTS else active
         steps = np.iinfo(np.int32).max if self._stop is None else STOP_STEPS
-        enough = min(rows, rows - active + wanted)
+        enough = rows - active + max(1, wanted)
         self._slots = self._compiled.decode(
             self._weights, self._layers, self._slots, ends, sampling, seed, enough, steps
         )
         finished = self._collect(set(np.asarray(ends).tolist()))
-        if not more:
+        if not more and self._shrinks:
             self._shrink()
         return finished
 

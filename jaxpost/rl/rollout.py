@@ -338,8 +338,8 @@ class Rollouts:
 
     @staticmethod
     def _length(longest: int) -> int:
-        """The row length for a batch: one of few, at most an eighth longer."""
-        step = max(LEAST_STEP, 1 << max(0, longest.bit_length() - 4))
+        """The row length for a batch: one of few, at most a sixteenth longer."""
+        step = max(LEAST_STEP, 1 << max(0, longest.bit_length() - 5))
         return longest + -longest % step
 
 

@@ -56,10 +56,13 @@ class Programs:
         graphdef: of the model.
         max_new_tokens: N.
         cache_length: tokens of the longest prompt, padded, and N.
+
+    Attributes:
+        max_new_tokens: that was given.
     """
 
     def __init__(self, graphdef: Any, max_new_tokens: int, cache_length: int):
-        self._graphdef, self._max_new_tokens, self._cache_length = graphdef, max_new_tokens, cache_length
+        self._graphdef, self.max_new_tokens, self._cache_length = graphdef, max_new_tokens, cache_length
         self.empty = jax.jit(self._empty, static_argnums=1)
         self._unstacked = jax.jit(lambda weights: nnx.merge(graphdef, weights).unstacked())
         self.admit = jax.jit(self._admit, donate_argnums=1)
@@ -77,7 +80,7 @@ class Programs:
         tokens, lengths = jnp.zeros((rows, 1), jnp.int32), jnp.ones(rows, jnp.int32)
         h, cache = jax.eval_shape(partial(model.prefill, cache_length=self._cache_length), tokens, lengths)
         width = jax.eval_shape(model.unembed, h).shape[-1]
-        shape = (rows, self._max_new_tokens)
+        shape = (rows, self.max_new_tokens)
         h, cache = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), (h, cache))
         return _spread(
             Slots(
@@ -167,9 +170,9 @@ class Programs:
         def body(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
             step, slots = carry
             tokens, logps = draw(slots)
-            at = jnp.where(slots.done, self._max_new_tokens, slots.counts)  # beyond the end: written nowhere
+            at = jnp.where(slots.done, self.max_new_tokens, slots.counts)  # beyond the end: written nowhere
             counts = slots.counts + ~slots.done
-            ended = jnp.any(tokens[:, None] == ends, axis=1) | (counts == self._max_new_tokens)
+            ended = jnp.any(tokens[:, None] == ends, axis=1) | (counts == self.max_new_tokens)
             done = slots.done | ended
             h, cache = model.decode(tokens, slots.cache, layers)
             return step + 1, Slots(

@@ -105,9 +105,13 @@ def _mean_gradient(
         new, metrics = gradient(state.params, state.frozen, *part)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), metrics
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-    grads, stacked = lax.scan(accumulate, zeros, (micros, keys))
-    metrics = over_parts(stacked)
+    if len(keys) == 1:  # nothing to add up, which would take another copy of the gradients
+        grads, metrics = gradient(state.params, state.frozen, *jax.tree.map(lambda x: x[0], (micros, keys)))
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    else:
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+        grads, stacked = lax.scan(accumulate, zeros, (micros, keys))
+        metrics = over_parts(stacked)
     count = jnp.maximum(loss_of(metrics).count, 1)
     return jax.tree.map(lambda g: g / count, grads), metrics
 

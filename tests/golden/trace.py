@@ -1,5 +1,7 @@
 """Ten steps of each objective on a tiny model whose weights come from numpy: what the stored numbers are made of."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import optax
@@ -10,13 +12,16 @@ from jaxpost.models.hf import place
 from jaxpost.objectives.bco import BCO
 from jaxpost.objectives.cpo import CPO
 from jaxpost.objectives.dpo import DPO
+from jaxpost.objectives.grpo import GRPO
 from jaxpost.objectives.kto import KTO
+from jaxpost.objectives.online import OnlineBase
 from jaxpost.objectives.orpo import ORPO
 from jaxpost.objectives.reward import Reward
+from jaxpost.objectives.rloo import RLOO
 from jaxpost.objectives.sft import SFT
 from jaxpost.sharding import make_mesh, put
 from jaxpost.train.reference import Reference
-from jaxpost.train.state import create_state
+from jaxpost.train.state import create_state, merge
 from jaxpost.train.step import make_annotate, make_step
 from tests.conftest import make_batch, make_model
 
@@ -29,6 +34,9 @@ OBJECTIVES = {
     "simpo": CPO(loss_type="simpo", cpo_alpha=0.0),
     "kto": KTO(),
     "bco": BCO(),
+    "grpo": GRPO(beta=0.1, use_adaptive_entropy=True, entropy_target=6.0, top_entropy_quantile=0.8),
+    "gspo": GRPO(loss_type="grpo", importance_sampling_level="sequence", scale_rewards="batch"),
+    "rloo": RLOO(),
     "reward": Reward(center_rewards_coefficient=0.1),
 }
 
@@ -67,6 +75,17 @@ def batch_for(name, seed):
     return make_examples(seed) | (others if name == "kto" else {})
 
 
+def sampled(batch, seed):
+    """What a source of completions tells beside."""
+    rng, shape = np.random.default_rng(seed), batch["examples"].shape
+    return {
+        **batch,
+        "groups": np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape) // 4,
+        "rewards": rng.normal(size=(*shape, 2)).astype(np.float32),
+        "ended": np.ones(shape, np.float32),
+    }
+
+
 def trace(name: str) -> dict[str, list[float]]:
     """Loss and gradient norm of each step."""
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -81,7 +100,12 @@ def trace(name: str) -> dict[str, list[float]]:
         annotate = make_annotate(OBJECTIVES[name], graphdef, reference, num_parts=2)
         step = make_step(OBJECTIVES[name], graphdef, state, optimizer, schedule, max_grad_norm=1.0, num_micro_batches=2)
         for seed in range(10):
-            state, report = step(state, annotate(state, put(batch_for(name, seed), mesh)))
+            batch = batch_for(name, seed)
+            if isinstance(OBJECTIVES[name], OnlineBase):
+                appraise = partial(OBJECTIVES[name].appraise, reused=True)
+                models = merge(graphdef, state.params, state.frozen), reference.build(None, arrays)
+                batch = jax.tree.map(np.asarray, appraise(*models, put(sampled(batch, seed), mesh)))
+            state, report = step(state, annotate(state, put(batch, mesh)))
             losses.append(float(report.metrics["loss"].value()))
             norms.append(float(report.latest["grad_norm"]))
     return {"loss": losses, "grad_norm": norms}

@@ -44,6 +44,9 @@ def run_evaluate(method: Method, args: Any) -> dict[str, float]:
     Raises:
         ConfigError, DataError: a flag, the model or a row cannot be used.
     """
+    if method.is_online:
+        how = "measured in a run (--eval_strategy), or in Python with the trainer's evaluate()"
+        raise ConfigError(f"evaluate: {method.name} is {how}")
     if args.use_peft:
         raise ConfigError("use_peft makes a new adapter; give the folder of a trained one as --model_name_or_path")
     mesh = make_mesh(args.mesh)

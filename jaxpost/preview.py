@@ -9,6 +9,7 @@ from rich.text import Text
 
 from jaxpost.base_model import open_base
 from jaxpost.data.mixture import type_of
+from jaxpost.errors import ConfigError
 from jaxpost.methods import Method, config_yaml, suited_to
 from jaxpost.pipeline import Pipeline
 from jaxpost.sharding import batch_groups, make_mesh
@@ -29,6 +30,8 @@ def run_preview(method: Method, args: Any, console: Console | None = None) -> No
     Raises:
         ConfigError, DataError: what training would raise before its first step, but for the weights.
     """
+    if method.is_online:
+        raise ConfigError(f"preview shows rows, but {method.name} samples what it trains on; see its completions/")
     console = console or Console(highlight=False, soft_wrap=True)
     mesh = make_mesh(args.mesh)
     base = open_base(None, args, None, mesh)

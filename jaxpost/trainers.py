@@ -138,8 +138,8 @@ def GRPOTrainer(
     peft_config: Adapter = None,
 ) -> Trainer:
     """Group relative policy optimisation with TRL's argument names; see `Trainer`."""
-    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
-    return Trainer(METHODS["grpo"], model, args, **data, peft_config=peft_config, reward_funcs=reward_funcs)
+    data = (train_dataset, eval_dataset, processing_class)
+    return _trainer("grpo", model, args, *data, peft_config, None, reward_funcs=reward_funcs)
 
 
 def RLOOTrainer(
@@ -152,8 +152,8 @@ def RLOOTrainer(
     peft_config: Adapter = None,
 ) -> Trainer:
     """REINFORCE leave-one-out with TRL's argument names; see `Trainer`."""
-    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
-    return Trainer(METHODS["rloo"], model, args, **data, peft_config=peft_config, reward_funcs=reward_funcs)
+    data = (train_dataset, eval_dataset, processing_class)
+    return _trainer("rloo", model, args, *data, peft_config, None, reward_funcs=reward_funcs)
 
 
 def _trainer(
@@ -166,7 +166,9 @@ def _trainer(
     adapter: Adapter,
     compute_metrics: ComputeMetrics | None,
     ref_model: Name = None,
+    reward_funcs: Any = None,
 ) -> Trainer:
     data = {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
     options = {"peft_config": adapter, "ref_model": ref_model, "compute_metrics": compute_metrics}
+    options["reward_funcs"] = reward_funcs
     return Trainer(METHODS[name], model, args, **data, **options)

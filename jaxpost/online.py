@@ -179,6 +179,7 @@ class Online:
             complete=complete,
             read=self._text,
             rewards=self.rewards,
+            weights=args.reward_weights,
             appraise=Appraisal(run, self.plan, self.mesh, args.gradient_accumulation_steps),
             record=record,
             seed=args.seed,

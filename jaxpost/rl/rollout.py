@@ -1,5 +1,6 @@
 """The source of online methods: prompts, completions of the policy, their rewards, and the rows to train on."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ class Rollouts:
         complete: (state, prompts, number of completions of each, number of the first) -> completions.
         read: completion and its prompt's cell -> what reward functions see of it.
         rewards: the functions.
+        weights: of the functions; None for 1.
         appraise: (state, rows of a generation) -> batches of its optimizer steps, and the advantages [B, S].
         record: (step, completions) -> None: keeps them for the user.
         seed: of the order of the prompts.
@@ -177,6 +179,7 @@ class Rollouts:
         complete: Callable[[Any, list[np.ndarray], int, int], list[Completion]],
         read: Callable[[Completion, Any], Any],
         rewards: Rewards,
+        weights: Sequence[float] | None,
         appraise: Callable[[Any, dict[str, np.ndarray]], tuple[list[Any], np.ndarray]],
         record: Callable[[int, "Answers", np.ndarray], None],
         seed: int,
@@ -185,8 +188,9 @@ class Rollouts:
     ):
         self.prompts, self.plan, self.config = prompts, plan, config
         self._complete, self._read, self._rewards = complete, read, rewards
-        self._appraise, self._record = appraise, record
+        self._appraise, self._record, self._weights = appraise, record, weights
         self._seed, self._branches, self._next = seed, branches, start
+        self._order = functools.lru_cache(maxsize=2)(functools.partial(shuffled, len(prompts.tokens), seed))
         self._batches: list[Any] = []
 
     def __call__(self, state: Any) -> Rollout:
@@ -227,15 +231,12 @@ class Rollouts:
         return batches, metrics, times
 
     def _scores(self, answers: Answers, per_prompt: int) -> Scores:
-        weights = getattr(self.config, "reward_weights", None)
-        return Scores(self._rewards.names, answers.scored, per_prompt, weights)
+        return Scores(self._rewards.names, answers.scored, per_prompt, self._weights)
 
     def _prompt(self, place: int) -> int:
         """Number of the prompt at a place of the endless order."""
         epoch, index = divmod(place, len(self.prompts.tokens))
-        return (
-            int(shuffled(len(self.prompts.tokens), self._seed, epoch)[index]) if self.config.shuffle_dataset else index
-        )
+        return int(self._order(epoch)[index]) if self.config.shuffle_dataset else index
 
     def _answer(
         self, state: Any, prompts: Prompts, numbers: Sequence[int], per_prompt: int, first: int

@@ -14,17 +14,17 @@ from jax.sharding import Mesh
 from jaxpost.base_model import BaseModel
 from jaxpost.data.bad_rows import BadRows
 from jaxpost.data.fingerprint import digest
-from jaxpost.data.mixture import load_datasets
 from jaxpost.data.prompts import Prompts, read_prompts
 from jaxpost.data.rows import Rows, as_rows
 from jaxpost.data.tokenizer import eos_ids
 from jaxpost.errors import ConfigError
-from jaxpost.methods import PROMPTS
+from jaxpost.methods import Method
 from jaxpost.models.config import Compute
 from jaxpost.models.pretrained import open_source
 from jaxpost.objectives.base import Batch
 from jaxpost.offline import Run
 from jaxpost.options import part_of
+from jaxpost.pipeline import rows_of
 from jaxpost.rl.generate import Completion, generate
 from jaxpost.rl.report import Recorder
 from jaxpost.rl.rewards import RewardFunctionsConfig, Rewards
@@ -42,6 +42,7 @@ class Online:
     """Batches of completions of the policy.
 
     Args:
+        method: an entry of METHODS.
         args: the run's config.
         base: the model as it was opened.
         train, held_out: rows with prompts; by default those of `--dataset_name`.
@@ -55,6 +56,7 @@ class Online:
 
     def __init__(
         self,
+        method: Method,
         args: Any,
         base: BaseModel,
         train: Any,
@@ -74,7 +76,9 @@ class Online:
                 f"save_steps is {args.save_steps}; a run can go on only where completions are made anew: give a "
                 f"multiple of {self.plan.num_steps}"
             )
-        self.prompts, self.eval_prompts = self._read(train, held_out)
+        train_rows, eval_rows = rows_of(method, args, train, held_out)
+        self.prompts = self._prompts(train_rows)
+        self.eval_prompts = None if eval_rows is None else self._prompts(eval_rows)
         given = args.reward_funcs if reward_funcs is None else reward_funcs
         functions = [given] if isinstance(given, str) or callable(given) else list(given or [])
         weights = args.reward_weights
@@ -116,18 +120,6 @@ class Online:
         per_prompt = self.args.num_generations_eval or self.args.num_generations
         values = rollouts.evaluate(state, self.eval_prompts, per_prompt)
         return {f"eval_{name}": value for name, value in values.items()}
-
-    def _read(self, train: Any, held_out: Any) -> tuple[Prompts, Prompts | None]:
-        args = self.args
-        if train is None:
-            train, configured = load_datasets(
-                args, seed=args.seed, evaluates=args.evaluates and held_out is None, accepted=PROMPTS
-            )
-            held_out = configured if held_out is None else held_out
-        if held_out is None and args.evaluates:
-            raise ConfigError("evaluation was asked for, but there is no eval_dataset")
-        train = as_rows(train, f"{args.dataset_name or 'train_dataset'} ({args.dataset_train_split})")
-        return self._prompts(train), None if held_out is None else self._prompts(as_rows(held_out, "eval_dataset"))
 
     def _prompts(self, rows: Rows) -> Prompts:
         bad_rows, base = BadRows(self.args.on_bad_row), self.base

@@ -46,16 +46,7 @@ class Pipeline(NamedTuple):
         Raises:
             ConfigError, DataError: there are no such rows.
         """
-        args, name = self.args, self.args.dataset_name
-        if train is None:
-            train, configured = load_datasets(
-                args, seed=args.seed, evaluates=args.evaluates and held_out is None, **self.method.rows(args)
-            )
-            held_out = configured if held_out is None else held_out
-        if held_out is None and args.evaluates:
-            raise ConfigError("evaluation was asked for, but there is no eval_dataset")
-        train = as_rows(train, f"{name or 'train_dataset'} ({args.dataset_train_split})")
-        return train, None if held_out is None else as_rows(held_out, f"{name or 'eval_dataset'} (evaluation)")
+        return rows_of(self.method, self.args, train, held_out)
 
     def loaders(self, train: Any = None, held_out: Any = None) -> tuple[Loader, Loader | None]:
         """Batches to train on, and to evaluate on if the run does; arguments as of `rows`.
@@ -129,6 +120,20 @@ class Pipeline(NamedTuple):
             process_count=jax.process_count(),
             **options,
         )
+
+
+def rows_of(method: Method, args: Any, train: Any = None, held_out: Any = None) -> tuple[Rows, Rows | None]:
+    """As `Pipeline.rows`, for a method and its config."""
+    name = args.dataset_name
+    if train is None:
+        train, configured = load_datasets(
+            args, seed=args.seed, evaluates=args.evaluates and held_out is None, **method.rows(args)
+        )
+        held_out = configured if held_out is None else held_out
+    if held_out is None and args.evaluates:
+        raise ConfigError("evaluation was asked for, but there is no eval_dataset")
+    train = as_rows(train, f"{name or 'train_dataset'} ({args.dataset_train_split})")
+    return train, None if held_out is None else as_rows(held_out, f"{name or 'eval_dataset'} (evaluation)")
 
 
 def padding_note(loader: Loader, num_lengths: int) -> str:

@@ -94,7 +94,7 @@ class Trainer:
         self.objective: Objective = part_of(self.args, method.objective)
         if method.is_online:
             given = (train_dataset, eval_dataset, reward_funcs, self.mesh, self.output_dir)
-            self.feed: Feed = Online(self.args, self.base, *given)
+            self.feed: Feed = Online(method, self.args, self.base, *given)
         else:
             groups, rows = batch_groups(self.mesh), (train_dataset, eval_dataset)
             shared = (self.processing_class, self.base.vocab_size, groups, self.notes, formatting_func)

@@ -53,7 +53,7 @@ def test_remat_changes_no_gradient(remat):
 
     plain = jax.tree.leaves(gradient("none"))
     for a, b in zip(plain, jax.tree.leaves(gradient(remat)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(a).max())  # some are 55 large
 
 
 def test_bf16_compute_keeps_float32_logits_and_parameters():

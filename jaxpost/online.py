@@ -19,6 +19,7 @@ from jaxpost.data.rows import Rows, as_rows
 from jaxpost.data.tokenizer import eos_ids
 from jaxpost.errors import ConfigError
 from jaxpost.methods import Method
+from jaxpost.models.adapters import folded
 from jaxpost.models.config import Compute
 from jaxpost.models.pretrained import open_source
 from jaxpost.objectives.base import Batch
@@ -142,7 +143,7 @@ class Online:
 
         def complete(state: TrainState, prompts: list[np.ndarray], each: int, first: int) -> list[Completion]:
             return generate(
-                merge(run.graphdef, state.params, state.frozen),
+                folded(merge(run.graphdef, state.params, state.frozen)),
                 prompts,
                 max_new_tokens=args.max_completion_length,
                 eos_ids=ends,

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxpost.errors import ConfigError
 from jaxpost.models.layers import Head
@@ -141,21 +142,41 @@ def merge_adapter(model: Decoder) -> Decoder:
     Kernels that the adapter changes are new, in their own dtype (that of activations where they were quantised); the
     others are the same arrays. A tied head is tied no longer if its adapter, or the embedding's, is not the other's.
     """
-    merged, parts = view(model), active_parts(model)
-    if model.head is None and parts.keys() & {"embed.adapter", "embed.head_adapter"}:
-        _untie(merged)
+    return _with_kernels(model, _kernels(model, mesh_of(model)))
+
+
+def folded(model: Decoder) -> Decoder:
+    """`merge_adapter` for an adapter that is folded in again and again: compiled once for all its kernels.
+
+    The model itself where it has no adapter, or where the kernels would be rounded: an update is often smaller than a
+    unit in the last place of bfloat16.
+    """
+    is_exact = model.embed.embedding[...].dtype == jnp.float32 and not any(
+        isinstance(module, Quantized) for _, module in nnx.iter_modules(model)
+    )
+    return _with_kernels(model, _fold(model)) if is_exact and active_config(model) is not None else model
+
+
+@jax.jit
+def _fold(model: Decoder) -> dict[str, jax.Array]:
+    return _kernels(model, None)
+
+
+def _kernels(model: Decoder, mesh: Mesh | None) -> dict[str, jax.Array]:
+    """What stands in the place of the kernels that the adapter changes, by their modules' paths."""
+    kernels, parts = {}, active_parts(model)
+    if _splits_tie(model):
+        kernels["head"] = placed(lambda table: {"kernel": table.T}, "head", mesh, model.embed.embedding[...])["kernel"]
     for target in targets_of(model.config, model.head_kind):
         if target.place in parts:
             path = "head" if target.slot == "head_adapter" else target.path
-            module, name = module_at(merged, path), "embedding" if path == "embed" else "kernel"
-            setattr(module, name, nnx.Param(_merged(merged, target, parts[target.place], path, name)))
-    set_adapter(merged, None).adapters = None
-    return merged
+            kernel = nnx.Param(kernels[path]) if path in kernels else vars(module_at(model, path))[_kernel_name(path)]
+            kernels[path] = _merged(model, target, parts[target.place], kernel, mesh)
+    return kernels
 
 
-def _merged(model: Decoder, target: Target, part: Adapter, path: str, name: str) -> jax.Array:
+def _merged(model: Decoder, target: Target, part: Adapter, kernel: Any, mesh: Mesh | None) -> jax.Array:
     """The kernel that does by itself what it does with its adapter."""
-    kernel = getattr(module_at(model, path), name)
     dtype = model.compute.dtype if isinstance(kernel, Quantized) else kernel[...].dtype
     graphdef, stored = nnx.split((part, kernel))
 
@@ -163,21 +184,33 @@ def _merged(model: Decoder, target: Target, part: Adapter, path: str, name: str)
         part, kernel = nnx.merge(graphdef, stored)
         return part.merged(dense(kernel, jnp.float32)).astype(dtype)
 
-    def make(stored: Any) -> dict[str, jax.Array]:
-        return {name: by_layer(of_layer, target.is_stacked, stored)}
+    path = "head" if target.slot == "head_adapter" else target.path
+    name = _kernel_name(path)
+    return placed(lambda stored: {name: by_layer(of_layer, target.is_stacked, stored)}, path, mesh, stored)[name]
 
-    return placed(make, path, mesh_of(model), stored)[name]
+
+def _with_kernels(model: Decoder, kernels: dict[str, jax.Array]) -> Decoder:
+    """The model without adapters and with these kernels in the place of its own; the others are the same arrays."""
+    merged = view(model)
+    if _splits_tie(model):
+        config = dataclasses.replace(
+            model.config, tie_embeddings=False, hf={**model.config.hf, "tie_word_embeddings": False}
+        )
+        head = nnx.eval_shape(lambda: Head(config.embed_dim, config.vocab_size, rngs=nnx.Rngs(0)))
+        merged.head, merged.config, merged.layers.config = nnx.data(head), config, config
+    for path, kernel in kernels.items():
+        setattr(module_at(merged, path), _kernel_name(path), nnx.Param(kernel))
+    set_adapter(merged, None).adapters = None
+    return merged
 
 
-def _untie(model: Decoder) -> None:
-    """Give a model with a tied head one of its own, in place."""
-    config = dataclasses.replace(
-        model.config, tie_embeddings=False, hf={**model.config.hf, "tie_word_embeddings": False}
-    )
-    head = nnx.eval_shape(lambda: Head(config.embed_dim, config.vocab_size, rngs=nnx.Rngs(0)))
-    embedding = model.embed.embedding[...]
-    head.kernel = nnx.Param(placed(lambda table: {"kernel": table.T}, "head", mesh_of(model), embedding)["kernel"])
-    model.head, model.config, model.layers.config = nnx.data(head), config, config
+def _kernel_name(path: str) -> str:
+    return "embedding" if path == "embed" else "kernel"
+
+
+def _splits_tie(model: Decoder) -> bool:
+    """Whether a tied head's adapter, or the embedding's, is not the other's."""
+    return model.head is None and bool(active_parts(model).keys() & {"embed.adapter", "embed.head_adapter"})
 
 
 def _fits(model: Decoder, lora: LoraConfig, choice: Choice) -> bool:

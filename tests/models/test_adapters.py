@@ -13,6 +13,7 @@ from jaxpost.errors import ConfigError
 from jaxpost.models.adapters import (
     active_parts,
     attach,
+    folded,
     keep_reference,
     merge_adapter,
     reference_view,
@@ -74,6 +75,9 @@ def test_merged(config, tied):
     shared = copies(merged) & copies(model)
     assert merged.norm.scale[...].unsafe_buffer_pointer() in shared
     assert merged.layers.mlp.down.kernel[...].unsafe_buffer_pointer() not in shared
+    again = folded(model)
+    np.testing.assert_allclose(logits(again), logits(merged), atol=2e-5)
+    assert shared <= copies(again) and nnx.split(again)[0] == nnx.split(merged)[0]
 
 
 def test_merged_into_few_bits_of_precision_and_into_few_bits():
@@ -81,9 +85,11 @@ def test_merged_into_few_bits_of_precision_and_into_few_bits():
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model)))
     train_a_little(attach(model, ALL))
     assert active_parts(model)["layers.mlp.up.adapter"].lora_a[...].dtype == jnp.float32
+    assert folded(model) is model  # which would lose what an update adds to bfloat16
     merged = merge_adapter(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(merged))} == {jnp.dtype(jnp.bfloat16)}
     quantized = train_a_little(attach(quantize(make_model(), "nf4"), LoraConfig(r=4)))
+    assert folded(quantized) is quantized
     merged = dequantize(merge_adapter(quantized), "float32")
     np.testing.assert_allclose(logits(merged), logits(quantized), atol=2e-5)
 

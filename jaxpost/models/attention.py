@@ -20,7 +20,6 @@ from jaxtyping import Float, Int
 from jaxpost.options import one_of
 
 BLOCK = 128  # queries, and keys, of a tile of the XLA kernel
-CACHE_TILE = 64  # slots of a cache
 NEGATIVE = -1e30  # finite: a row that sees nothing stays free of NaN
 RESIDUALS = "attention"  # checkpoint name of what the backward pass needs besides its inputs
 
@@ -113,26 +112,18 @@ def attend_cache(
 ) -> Float[Array, "B H d"]:
     """Attention of one new token a row to the first `lengths` slots of its cache; scores in float32.
 
-    Of the cache only that part is read that the longest row fills, to a quarter.
+    All of the cache is read, since XLA on CPU copies what is sliced out of it.
     """
-
-    def attend(size: int, query: Array, keys: Array, values: Array) -> Array:
-        keys, values = keys[:, :, :size], values[:, :, :size]
-        grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[2])
-        # In this order of the dimensions XLA on CPU needs no transposed copies of the cache.
-        scores = jnp.einsum("bkgd,bksd->bksg", grouped, keys, preferred_element_type=jnp.float32) * scale
-        scores = _capped(scores, softcap)
-        slots = jnp.arange(size)
-        visible = slots < lengths[:, None]
-        if window is not None:
-            visible &= slots >= lengths[:, None] - window
-        weights = jax.nn.softmax(jnp.where(visible[:, None, :, None], scores, NEGATIVE), axis=2).astype(values.dtype)
-        return jnp.einsum("bksg,bksd->bkgd", weights, values).reshape(query.shape)
-
-    length = keys.shape[2]
-    sizes = sorted({min(length, -(-length * quarter // 4 // CACHE_TILE) * CACHE_TILE) for quarter in range(1, 5)})
-    reached = jnp.searchsorted(jnp.asarray(sizes), jnp.minimum(jnp.max(lengths), length))
-    return lax.switch(reached, [partial(attend, size) for size in sizes], query, keys, values)
+    grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[2])
+    # In this order of the dimensions XLA on CPU needs no transposed copies of the cache.
+    scores = jnp.einsum("bkgd,bksd->bksg", grouped, keys, preferred_element_type=jnp.float32) * scale
+    scores = _capped(scores, softcap)
+    slots = jnp.arange(keys.shape[2])
+    visible = slots < lengths[:, None]
+    if window is not None:
+        visible &= slots >= lengths[:, None] - window
+    weights = jax.nn.softmax(jnp.where(visible[:, None, :, None], scores, NEGATIVE), axis=2).astype(values.dtype)
+    return jnp.einsum("bksg,bksd->bkgd", weights, values).reshape(query.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

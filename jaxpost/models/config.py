@@ -119,7 +119,12 @@ class ModelConfig:
 
         Otherwise the routers of experts see its tokens less often, or its keys are turned for the length of one text.
         """
-        return self.experts is None and not any(rotary.by_length for rotary in self.rotaries)
+        return self.experts is None and not self.turns_by_length
+
+    @property
+    def turns_by_length(self) -> bool:
+        """Whether keys are turned for the length of the text that they are part of."""
+        return any(rotary.by_length for rotary in self.rotaries)
 
 
 @dataclass(frozen=True, kw_only=True)

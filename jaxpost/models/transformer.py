@@ -43,6 +43,12 @@ class Cache(NamedTuple):
     values: tuple[Float[Array, "B K S d"], ...]
     lengths: Int[Array, "B"]
 
+    def grown(self, length: int) -> "Cache":
+        """The same with room for `length` tokens."""
+        room = [(0, 0), (0, 0), (0, length - self.keys[0].shape[2]), (0, 0)]
+        keys, values = (tuple(jnp.pad(x, room) for x in layers) for layers in (self.keys, self.values))
+        return Cache(keys, values, self.lengths)
+
 
 class Layer(NamedTuple):
     """What makes one layer differ from another, as data; None where all layers are alike.
@@ -160,8 +166,7 @@ class Decoder(nnx.Module):
 
         Documents of different `segments` never see each other; where a document may branch, `models.attention` says.
         """
-        by_length = any(rotary.by_length for rotary in self.config.rotaries)
-        lengths = text_lengths(positions, segments).reshape(-1) if by_length else 0
+        lengths = text_lengths(positions, segments).reshape(-1) if self.config.turns_by_length else 0
         h, _, balance = self._walk(tokens, positions, segments, lengths, with_cache=False)
         return h, balance
 
@@ -190,10 +195,14 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         h, (keys, values), _ = self._walk(tokens, positions, segments, cache_length, with_cache=True)
-        room = [(0, 0), (0, 0), (0, cache_length - tokens.shape[1]), (0, 0)]
-        keys, values = (tuple(jnp.pad(x.swapaxes(1, 2), room) for x in stacked) for stacked in (keys, values))
+        keys, values = (tuple(x.swapaxes(1, 2) for x in stacked) for stacked in (keys, values))
         last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return last, Cache(keys, values, lengths)
+        return last, Cache(keys, values, lengths).grown(cache_length)
+
+    @property
+    def cache_grows(self) -> bool:
+        """Whether a cache can be given more room later on; not where keys are turned for a text that fills it."""
+        return not self.config.turns_by_length
 
     def unstacked(self) -> tuple[Any, ...]:
         """The weights of each layer for itself, as `decode` uses them."""

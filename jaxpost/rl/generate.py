@@ -18,6 +18,7 @@ from jaxpost.rl.sampling import Sampling
 from jaxpost.rl.slots import Programs, Slots, programs
 
 CACHE_MULTIPLE = 64
+MOST_PROMPTS = 16  # that are read together
 LEAST_SLOTS = 4  # below, fewer slots are hardly faster
 LEAST_TOKENS = 64  # of a completion; for shorter ones, fewer slots are not worth another program
 REFILL_SHARE = 8  # slots that are free before the next prompts are read: one in so many
@@ -40,11 +41,12 @@ class Completion(NamedTuple):
 
 
 def generate(
-    model: nnx.Module,
+    model: Any,
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
     eos_ids: Sequence[int],
+    limits: Sequence[int] | None = None,
     sampling: Sampling = PLAIN,
     num_return_sequences: int = 1,
     seed: int = 0,
@@ -59,6 +61,7 @@ def generate(
         prompts: token ids, each at least one.
         max_new_tokens: length limit of a completion.
         eos_ids: ids that end a completion.
+        limits: of the completions of each prompt, where they are not all `max_new_tokens`, which no limit is above.
         sampling: how tokens are drawn.
         num_return_sequences: completions of each prompt.
         seed: same seed, prompts and numbers: same completions, whatever the batch size.
@@ -69,21 +72,13 @@ def generate(
     Raises:
         ConfigError: an argument out of range, or an empty prompt (its row is named).
     """
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("batch_size", batch_size),
-        ("num_return_sequences", num_return_sequences),
-    ):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    for row, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ConfigError(f"prompt {row} is empty")
+    limits = [max_new_tokens] * len(prompts) if limits is None else limits
+    _check(prompts, limits, max_new_tokens, {"batch_size": batch_size, "num_return_sequences": num_return_sequences})
     if not len(prompts):
         return []
     graphdef, weights = nnx.split(model)
-    room = bucket(max(map(len, prompts))) + max_new_tokens
-    compiled = programs(graphdef, max_new_tokens, room + -room % CACHE_MULTIPLE)
+    sizes = _cache_lengths(bucket(max(map(len, prompts))), max_new_tokens)
+    compiled = [programs(graphdef, max_new_tokens, size) for size in (sizes if model.cache_grows else sizes[-1:])]
     # Prompts of similar length are read together: each costs as much as the longest of them.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     queue = deque(row * num_return_sequences + i for row in order for i in range(num_return_sequences))
@@ -91,44 +86,89 @@ def generate(
     ends = jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32)
     completions: list[Completion | None] = [None] * len(queue)
     while queue or batch.active:
-        batch.fill(queue, prompts, num_return_sequences, first_request)
+        batch.fill(queue, prompts, limits, num_return_sequences, first_request)
         for request, completion in batch.run(ends, sampling, seed, more=len(queue)):
             completions[request] = completion
     return [completion for completion in completions if completion is not None]
 
 
-class _Batch:
-    """Slots, and which request each of them has."""
+def _check(prompts: Sequence[np.ndarray], limits: Sequence[int], max_new_tokens: int, counts: dict[str, int]) -> None:
+    for name, value in {"max_new_tokens": max_new_tokens, **counts}.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ConfigError(f"prompt {row} is empty")
+    if len(limits) != len(prompts) or not all(1 <= limit <= max_new_tokens for limit in limits):
+        raise ConfigError(f"limits must be {len(prompts)} numbers, one a prompt, from 1 to {max_new_tokens}")
 
-    def __init__(self, compiled: Programs, weights: Any, rows: int, stop: Callable[[list[int]], int | None] | None):
-        self._compiled, self._weights, self._stop = compiled, weights, stop
-        self._layers = compiled.layers(weights)
-        self._shrinks = compiled.max_new_tokens >= LEAST_TOKENS
-        self._slots: Slots = compiled.empty(weights, rows)
-        self._requests: list[int | None] = [None] * rows
+
+class _Request(NamedTuple):
+    """What a slot works at: the number of the completion, and the tokens of prompt and completion so far."""
+
+    number: int
+    length: int
+
+
+class _Batch:
+    """Slots, and which request each of them has; `compiled` for caches that have more and more room."""
+
+    def __init__(
+        self, compiled: list[Programs], weights: Any, rows: int, stop: Callable[[list[int]], int | None] | None
+    ):
+        self._compiled, *self._larger = compiled
+        self._weights, self._stop = weights, stop
+        self._layers = self._compiled.layers(weights)
+        self._shrinks = self._compiled.max_new_tokens >= LEAST_TOKENS
+        self._slots: Slots = self._compiled.empty(weights, rows)
+        self._requests: list[_Request | None] = [None] * rows
 
     @property
     def active(self) -> int:
         """Slots that are in use."""
         return sum(request is not None for request in self._requests)
 
-    def fill(self, queue: deque[int], prompts: Sequence[np.ndarray], per_prompt: int, first_request: int) -> None:
-        """Give free slots the next requests."""
-        rows = len(self._requests)
-        free = [slot for slot, request in enumerate(self._requests) if request is None][: len(queue)]
-        if not free:
-            return
-        requests = [queue.popleft() for _ in free]
-        numbers = [request // per_prompt for request in requests]
-        unique = sorted(set(numbers), key=numbers.index)
-        tokens, lengths = _pad([prompts[number] for number in unique])
-        places, sources, ids = (np.full(_power(len(free)), fill, np.int32) for fill in (rows, 0, 0))
-        places[: len(free)] = free
-        sources[: len(free)] = [unique.index(number) for number in numbers]
-        ids[: len(free)] = np.array(requests) + first_request
-        self._slots = self._compiled.admit(self._weights, self._slots, tokens, lengths, places, sources, ids)
-        for slot, request in zip(free, requests, strict=True):
-            self._requests[slot] = request
+    def fill(
+        self,
+        queue: deque[int],
+        prompts: Sequence[np.ndarray],
+        limits: Sequence[int],
+        per_prompt: int,
+        first_request: int,
+    ) -> None:
+        """Give free slots the next requests; a few prompts at a time, each as wide as the longest of them."""
+        free = deque(slot for slot, request in enumerate(self._requests) if request is None)
+        while free and queue:
+            begun: dict[int, list[tuple[int, int]]] = {}
+            while free and queue and (queue[0] // per_prompt in begun or len(begun) < MOST_PROMPTS):
+                request = queue.popleft()
+                begun.setdefault(request // per_prompt, []).append((free.popleft(), request))
+            self._admit(begun, prompts, limits, first_request)
+
+    def _admit(
+        self,
+        begun: dict[int, list[tuple[int, int]]],
+        prompts: Sequence[np.ndarray],
+        limits: Sequence[int],
+        first_request: int,
+    ) -> None:
+        """Read prompts, and begin their completions in slots: (slot, request) by number of the prompt."""
+        each = [
+            (slot, source, number, limits[prompt])
+            for source, (prompt, pairs) in enumerate(begun.items())
+            for slot, number in pairs
+        ]
+        numbers = np.full((4, _power(len(each))), 0, np.int32)
+        numbers[0] = len(self._requests)
+        numbers[:, : len(each)] = np.transpose(each)
+        places, sources, requests, ends = numbers
+        tokens, lengths = _pad([prompts[prompt] for prompt in begun])
+        self._slots = self._compiled.admit(
+            self._weights, self._slots, tokens, lengths, places, sources, requests + first_request, ends
+        )
+        for prompt, pairs in begun.items():
+            for slot, request in pairs:
+                self._requests[slot] = _Request(request, len(prompts[prompt]))
 
     def run(self, ends: jax.Array, sampling: Sampling, seed: int, *, more: int) -> list[tuple[int, Completion]]:
         """Decode until there is something to do for the host; the requests that are finished.
@@ -139,8 +179,13 @@ class _Batch:
         if more:
             wanted = min(more, max(1, rows // REFILL_SHARE))
         else:
-            wanted = active - rows // 2 if self._shrinks and rows > LEAST_SLOTS else active
-        steps = np.iinfo(np.int32).max if self._stop is None else STOP_STEPS
+            wanted = active - _rung(rows // 2 + 1) if self._shrinks and rows > LEAST_SLOTS else active
+        longest = max(request.length for request in self._requests if request is not None)
+        if longest == self._compiled.cache_length:
+            self._compiled, *self._larger = self._larger
+            self._slots = self._compiled.grown(self._slots)
+        steps = self._compiled.cache_length - longest
+        steps = steps if self._stop is None else min(steps, STOP_STEPS)
         enough = rows - active + max(1, wanted)
         self._slots = self._compiled.decode(
             self._weights, self._layers, self._slots, ends, sampling, seed, enough, steps
@@ -152,28 +197,31 @@ class _Batch:
 
     def _collect(self, ends: set[int]) -> list[tuple[int, Completion]]:
         slots = self._slots
-        done, counts, ids, logps = jax.device_get((slots.done, slots.counts, slots.ids, slots.logps))
+        done, counts, ids, logps, lengths = jax.device_get(
+            (slots.done, slots.counts, slots.ids, slots.logps, slots.cache.lengths)
+        )
         finished, stopped = [], np.zeros(len(done), bool)
         for slot, request in enumerate(self._requests):
             if request is None:
                 continue
             tokens = ids[slot, : counts[slot]].tolist()
+            self._requests[slot] = request._replace(length=int(lengths[slot]))
             kept = None if self._stop is None else self._stop(tokens)
             if kept is None and not done[slot]:
                 continue
             stopped[slot] = not done[slot]
             tokens = tokens[:kept]
             ended = kept is not None or tokens[-1] in ends
-            finished.append((request, Completion(tokens, logps[slot, : len(tokens)].tolist(), ended)))
+            finished.append((request.number, Completion(tokens, logps[slot, : len(tokens)].tolist(), ended)))
             self._requests[slot] = None
         if stopped.any():
             self._slots = self._compiled.finish(self._slots, stopped)
         return finished
 
     def _shrink(self) -> None:
-        """Half as many slots, where that is enough for what is left."""
+        """Fewer slots, where that is enough for what is left."""
         rows, active = len(self._requests), self.active
-        smaller = max(LEAST_SLOTS, _power(active))
+        smaller = max(LEAST_SLOTS, _rung(active))
         if not active or smaller >= rows:
             return
         kept = [slot for slot, request in enumerate(self._requests) if request is not None]
@@ -182,10 +230,26 @@ class _Batch:
         self._requests = [self._requests[slot] for slot in kept] + [None] * (smaller - active)
 
 
+def _cache_lengths(prompt: int, completion: int) -> list[int]:
+    """From room for a prompt and a little more to room for all of it, in few steps."""
+    size, last = (tokens + -tokens % CACHE_MULTIPLE for tokens in (prompt + CACHE_MULTIPLE, prompt + completion))
+    sizes = []
+    while size < last:
+        sizes.append(size)
+        size += size // 2 + -(size // 2) % CACHE_MULTIPLE
+    return [*sizes, last]
+
+
 def bucket(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: few shapes to compile, a quarter of padding at most on average."""
-    power = max(16, _power(length))
-    return power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power
+    """The next of 16, 24, 32, 40, ..., 64, 80, ..., 128, 160, ...: few shapes to compile, little padding."""
+    step = max(8, _power(length) // 8)
+    return max(16, length + -length % step)
+
+
+def _rung(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    power = _power(count)
+    return power * 3 // 4 if count <= power * 3 // 4 else power
 
 
 def _power(count: int) -> int:

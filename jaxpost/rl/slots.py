@@ -17,6 +17,9 @@ from jaxpost.sharding import constrain
 class Sampler(Protocol):
     """What generation needs of a model."""
 
+    @property
+    def cache_grows(self) -> bool: ...
+
     def prefill(self, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, Any]: ...
 
     def unstacked(self) -> tuple[Any, ...]: ...
@@ -36,6 +39,7 @@ class Slots(NamedTuple):
         counts: how many tokens that is.
         done: nothing more is drawn: the completion has ended, or the slot is free.
         requests: number of the completion, which its random numbers depend on.
+        limits: tokens after which it is cut.
         seen: tokens of prompt and completion.
     """
 
@@ -46,6 +50,7 @@ class Slots(NamedTuple):
     counts: Int[Array, "B"]
     done: Bool[Array, "B"]
     requests: Int[Array, "B"]
+    limits: Int[Array, "B"]
     seen: Bool[Array, "B V"]
 
 
@@ -55,19 +60,20 @@ class Programs:
     Args:
         graphdef: of the model.
         max_new_tokens: N.
-        cache_length: tokens of the longest prompt, padded, and N.
+        cache_length: most tokens of a prompt and its completion so far.
 
     Attributes:
-        max_new_tokens: that was given.
+        max_new_tokens, cache_length: that were given.
     """
 
     def __init__(self, graphdef: Any, max_new_tokens: int, cache_length: int):
-        self._graphdef, self.max_new_tokens, self._cache_length = graphdef, max_new_tokens, cache_length
+        self._graphdef, self.max_new_tokens, self.cache_length = graphdef, max_new_tokens, cache_length
         self.empty = jax.jit(self._empty, static_argnums=1)
         self._unstacked = jax.jit(lambda weights: nnx.merge(graphdef, weights).unstacked())
         self.admit = jax.jit(self._admit, donate_argnums=1)
         self.decode = jax.jit(self._decode, donate_argnums=2)
         self.keep = jax.jit(self._keep)
+        self.grown = jax.jit(lambda slots: _spread(slots._replace(cache=slots.cache.grown(cache_length))))
         self.finish = jax.jit(lambda slots, chosen: slots._replace(done=slots.done | chosen), donate_argnums=0)
 
     def layers(self, weights: Any) -> tuple[Any, ...] | None:
@@ -78,7 +84,7 @@ class Programs:
         """Free slots."""
         model: Any = nnx.merge(self._graphdef, weights)
         tokens, lengths = jnp.zeros((rows, 1), jnp.int32), jnp.ones(rows, jnp.int32)
-        h, cache = jax.eval_shape(partial(model.prefill, cache_length=self._cache_length), tokens, lengths)
+        h, cache = jax.eval_shape(partial(model.prefill, cache_length=self.cache_length), tokens, lengths)
         width = jax.eval_shape(model.unembed, h).shape[-1]
         shape = (rows, self.max_new_tokens)
         h, cache = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), (h, cache))
@@ -91,12 +97,21 @@ class Programs:
                 counts=jnp.zeros(rows, jnp.int32),
                 done=jnp.ones(rows, bool),
                 requests=jnp.zeros(rows, jnp.int32),
+                limits=jnp.zeros(rows, jnp.int32),
                 seen=jnp.zeros((rows, width), bool),
             )
         )
 
     def _admit(
-        self, weights: Any, slots: Slots, tokens: Array, lengths: Array, places: Array, sources: Array, requests: Array
+        self,
+        weights: Any,
+        slots: Slots,
+        tokens: Array,
+        lengths: Array,
+        places: Array,
+        sources: Array,
+        requests: Array,
+        limits: Array,
     ) -> Slots:
         """Read prompts once each, and begin completions of them.
 
@@ -108,9 +123,10 @@ class Programs:
             places: [n] slots to fill; a number beyond the last one is none.
             sources: [n] which prompt each of them completes.
             requests: [n] numbers of the completions.
+            limits: [n] of their tokens, at most N.
         """
         model: Any = nnx.merge(self._graphdef, weights)
-        h, cache = model.prefill(tokens, lengths, self._cache_length)
+        h, cache = model.prefill(tokens, lengths, self.cache_length)
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]
         seen = jnp.zeros((len(tokens), slots.seen.shape[1]), bool)
         seen = seen.at[jnp.arange(len(tokens))[:, None], tokens].max(real)
@@ -125,6 +141,7 @@ class Programs:
                 counts=slots.counts.at[places].set(0, mode="drop"),
                 done=slots.done.at[places].set(False, mode="drop"),
                 requests=slots.requests.at[places].set(requests, mode="drop"),
+                limits=slots.limits.at[places].set(limits, mode="drop"),
                 seen=put(slots.seen, seen),
             )
         )
@@ -172,7 +189,7 @@ class Programs:
             tokens, logps = draw(slots)
             at = jnp.where(slots.done, self.max_new_tokens, slots.counts)  # beyond the end: written nowhere
             counts = slots.counts + ~slots.done
-            ended = jnp.any(tokens[:, None] == ends, axis=1) | (counts == self.max_new_tokens)
+            ended = jnp.any(tokens[:, None] == ends, axis=1) | (counts >= slots.limits)
             done = slots.done | ended
             h, cache = model.decode(tokens, slots.cache, layers)
             return step + 1, Slots(
@@ -183,6 +200,7 @@ class Programs:
                 counts=counts,
                 done=done,
                 requests=slots.requests,
+                limits=slots.limits,
                 seen=slots.seen.at[rows, tokens].set(True),
             )
 
@@ -195,7 +213,7 @@ class Programs:
         return _spread(kept._replace(done=kept.done | (places >= len(slots.done))))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def programs(graphdef: Any, max_new_tokens: int, cache_length: int) -> Programs:
     """The programs of a model, made once."""
     return Programs(graphdef, max_new_tokens, cache_length)

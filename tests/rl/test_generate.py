@@ -112,11 +112,24 @@ def test_nothing_to_complete_is_nothing(model):
     assert generate(model, [], max_new_tokens=4, eos_ids=[]) == []
 
 
-def test_lengths_are_padded_by_a_quarter_at_most_on_average():
+def test_lengths_are_padded_a_little():
     lengths = np.arange(17, 1025)
     padded = np.array([bucket(int(length)) for length in lengths])
-    assert np.all(padded >= lengths) and len(set(padded)) == 12
-    assert np.mean(padded / lengths) < 1.25
+    assert np.all(padded >= lengths) and len(set(padded)) == 22
+    assert np.max(padded / lengths) < 1.42 and np.mean(padded / lengths) < 1.1
+
+
+def test_a_cache_that_grows_and_completions_with_limits_of_their_own(model):
+    options = {"eos_ids": [], "num_return_sequences": 2, "seed": 5}
+    limits = [150, 3, 70, 120]
+    drawn = generate(model, PROMPTS, max_new_tokens=150, limits=limits, **options)
+    assert [len(completion.tokens) for completion in drawn] == [limit for limit in limits for _ in range(2)]
+    assert not any(completion.ended for completion in drawn)
+    for number in (0, 7):
+        prompt, completion = PROMPTS[number // 2], drawn[number]
+        logits = model(jnp.asarray([[*prompt, *completion.tokens]]))[0, len(prompt) - 1 : -1]
+        expected = jax.nn.log_softmax(logits)[jnp.arange(len(completion.tokens)), jnp.asarray(completion.tokens)]
+        np.testing.assert_allclose(completion.logps, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +138,8 @@ def test_lengths_are_padded_by_a_quarter_at_most_on_average():
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ({"limits": [4, 4]}, "limits must be 4 numbers"),
+        ({"limits": [4, 4, 5, 4]}, "from 1 to 4"),
         ({"prompts": [np.array([3]), np.array([], int)]}, "prompt 1 is empty"),
     ],
 )

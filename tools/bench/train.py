@@ -7,6 +7,10 @@ Each round starts a fresh process for either library and trains a few steps thro
 tokens/s counts real tokens (no padding) and rows/s rows, or pairs, from the end of step WARM on. Prints a line a run,
 the medians and their ratio, and writes everything to --output as JSON. With --lora both train an adapter of that rank
 on every linear layer (TRL through peft), and jaxpost's full fine-tuning is a third run. Needs the parity extra.
+
+With --method grpo rows are prompts with an `answer`, --batch_size counts the completions of a step, 8 of a prompt, and
+the reward is 1 where the last number is the answer. Each library learns from what it samples itself: how many tokens
+that was is printed too.
 """
 
 import argparse
@@ -24,14 +28,23 @@ WARM = 2  # steps that are not counted: compilation, allocator
 
 def shared(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """What both trainers are told, in the names that they share."""
-    return {
+    told = {
         "output_dir": folder,
         "max_steps": args.steps,
         "logging_steps": 1,
         "per_device_train_batch_size": args.batch_size,
-        "train_sampling_strategy": "sequential",
         "save_strategy": "no",
     }
+    if args.method != "grpo":
+        return told | {"train_sampling_strategy": "sequential"}
+    return told | {"shuffle_dataset": False, "max_completion_length": args.max_completion_length}
+
+
+def rewards(args: argparse.Namespace) -> dict[str, Any]:
+    """The reward function of methods that take one."""
+    from jaxpost.rl.builtin_rewards import numeric_answer
+
+    return {"reward_funcs": numeric_answer} if args.method == "grpo" else {}
 
 
 def adapter(rank: int) -> Any:
@@ -54,16 +67,19 @@ def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
         config_class, trainer_class = classes(jaxpost, args.method)
         config = config_class(
             **shared(args, folder),
-            length_buckets=args.length_buckets,
+            **({} if args.method == "grpo" else {"length_buckets": args.length_buckets}),
             gradient_checkpointing=args.gradient_checkpointing,
             report_to=["none"],
         )
         peft_config = adapter(args.lora) if args.lora else None
-        trainer = trainer_class(args.model, args=config, train_dataset=rows, peft_config=peft_config)
+        trainer = trainer_class(args.model, args=config, train_dataset=rows, peft_config=peft_config, **rewards(args))
         trained = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(trainer.model, trainer.trainable)))
         trainer.train()
         log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(row["step_time"] for row in log[WARM:])
+    if args.method == "grpo":
+        phases = ("generation", "reward", "appraise", "host", "input")
+        print({name: statistics.mean(row[f"{name}_time"] for row in log[WARM:]) for name in phases}, file=sys.stderr)
     # float32: as many bytes of gradients as of parameters, and twice as many of AdamW's moments
     tokens = log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"]
     return rate(args, seconds, tokens) | {"trained_megabytes": 4 * trained / 1e6}
@@ -94,7 +110,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
             disable_tqdm=True,
         )
         peft_config = adapter(args.lora) if args.lora else None
-        data = {"train_dataset": rows, "peft_config": peft_config}
+        data = {"train_dataset": rows, "peft_config": peft_config} | rewards(args)
         trainer_class(args.model, args=config, callbacks=[Timer()], **data).train()
     (begin, before), (end, after) = ends[WARM - 1], ends[-1]
     return rate(args, end - begin, after - before)
@@ -133,10 +149,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder, hub id or .gguf file")
     parser.add_argument("--dataset", required=True, help="rows of the method, .jsonl")
-    parser.add_argument("--method", default="sft", choices=["sft", "dpo", "kto", "reward"])
+    parser.add_argument("--method", default="sft", choices=["sft", "dpo", "kto", "reward", "grpo"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--max_completion_length", type=int, default=64, help="of grpo")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--length_buckets", type=int, default=4)
     parser.add_argument("--gradient_checkpointing", type=lambda text: text == "true", default=True)

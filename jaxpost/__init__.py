@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         GRPOConfig,
         KTOConfig,
         ORPOConfig,
+        PPOConfig,
         RewardConfig,
         RLOOConfig,
         SFTConfig,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         GRPOTrainer,
         KTOTrainer,
         ORPOTrainer,
+        PPOTrainer,
         RewardTrainer,
         RLOOTrainer,
         SFTTrainer,
@@ -43,11 +45,14 @@ _PUBLIC = {
     "score": "jaxpost.scoring",
     "LoraConfig": "jaxpost.models.lora_config",
     **dict.fromkeys(
-        [f"{name}Config" for name in ("BCO", "CPO", "DPO", "GRPO", "KTO", "ORPO", "RLOO", "Reward", "SFT", "SimPO")],
+        [
+            f"{name}Config"
+            for name in ("BCO", "CPO", "DPO", "GRPO", "KTO", "ORPO", "PPO", "RLOO", "Reward", "SFT", "SimPO")
+        ],
         "jaxpost.methods",
     ),
     **dict.fromkeys(
-        [f"{name}Trainer" for name in ("BCO", "CPO", "DPO", "GRPO", "KTO", "ORPO", "RLOO", "Reward", "SFT")],
+        [f"{name}Trainer" for name in ("BCO", "CPO", "DPO", "GRPO", "KTO", "ORPO", "PPO", "RLOO", "Reward", "SFT")],
         "jaxpost.trainers",
     ),
 }
@@ -66,6 +71,8 @@ __all__ = [
     "LoraConfig",
     "ORPOConfig",
     "ORPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
     "RLOOConfig",
     "RLOOTrainer",
     "RewardConfig",

@@ -26,6 +26,7 @@ USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
   reward     a reward model
   grpo       group relative policy optimisation, from completions of the policy that functions reward
   rloo       REINFORCE leave-one-out, likewise
+  ppo        proximal policy optimisation, likewise, with a value model
   generate   complete prompts with a model
   export     write a run's model, or an adapter merged into its base, as a Hugging Face folder
   evaluate   the held-out metrics of a model: jaxpost evaluate dpo with its flags; without a method, the scores that a

@@ -17,6 +17,7 @@ from jaxpost.data.store import StoreConfig
 from jaxpost.data.tokenizer import TokenizerConfig
 from jaxpost.encode import Encoded, encode_compared, encode_sft, encode_unpaired
 from jaxpost.errors import ConfigError
+from jaxpost.models.actor_critic import ValueModelConfig
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.hf import ModelArguments
 from jaxpost.models.lora_config import LoRAArguments
@@ -28,12 +29,13 @@ from jaxpost.objectives.dpo import DPO
 from jaxpost.objectives.grpo import GRPO
 from jaxpost.objectives.kto import KTO
 from jaxpost.objectives.orpo import ORPO
+from jaxpost.objectives.ppo import CRITIC, PPO
 from jaxpost.objectives.reward import Reward
 from jaxpost.objectives.rloo import RLOO
 from jaxpost.objectives.sft import SFT
 from jaxpost.options import check_parts, option
+from jaxpost.rl.plan import EpochsConfig, RolloutConfig
 from jaxpost.rl.rewards import RewardFunctionsConfig
-from jaxpost.rl.rollout import RolloutConfig
 from jaxpost.rl.sampling import SamplingConfig
 from jaxpost.sharding import MeshConfig
 from jaxpost.train.checkpoint import CheckpointConfig
@@ -42,6 +44,7 @@ from jaxpost.train.logging import LoggingConfig
 from jaxpost.train.loop import LoopConfig
 from jaxpost.train.optim import OptimConfig
 from jaxpost.train.reference import ReferenceConfig
+from jaxpost.train.schedule import check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +152,7 @@ class RewardConfig(PairsConfig, Reward):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineConfig(TrainConfig, ReferenceConfig, SamplingConfig, RolloutConfig, RewardFunctionsConfig):
+class OnlineConfig(TrainConfig, ReferenceConfig, SamplingConfig, RewardFunctionsConfig):
     """What the methods share that learn from completions of the policy."""
 
     learning_rate: float = option(1e-6, "Peak learning rate.")
@@ -160,17 +163,49 @@ class OnlineConfig(TrainConfig, ReferenceConfig, SamplingConfig, RolloutConfig, 
         if self.precompute_ref_log_probs:
             raise ConfigError("precompute_ref_log_probs: completions are not known in advance; leave it out")
 
+    @property
+    def reward_models(self) -> list[str]:
+        """Models that reward completions, beside what reward_funcs names."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig(OnlineConfig, GRPO):
+class GRPOConfig(OnlineConfig, RolloutConfig, GRPO):
     """Group relative policy optimisation; names and defaults are TRL's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLOOConfig(OnlineConfig, RLOO):
+class RLOOConfig(OnlineConfig, RolloutConfig, RLOO):
     """REINFORCE leave-one-out; names and defaults are TRL's."""
 
     num_generations: int = option(2, "Completions of each prompt that are compared with each other.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(OnlineConfig, EpochsConfig, ValueModelConfig, PPO):
+    """Proximal policy optimisation; names and defaults are TRL's."""
+
+    learning_rate: float = option(3e-6, "Peak learning rate.")
+    temperature: float = option(0.7, "Softmax temperature of sampling, which also divides the logits in training.")
+    value_learning_rate: float | None = option(None, "That of the value model; null for learning_rate.")
+    disable_dropout: bool = option(True, "Train without the dropout of adapters.")
+    reward_model_path: str | None = option(None, "A reward model whose score is one more reward, after reward_funcs.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.value_learning_rate is not None:
+            check_number("value_learning_rate", self.value_learning_rate)
+            if self.learning_rate == 0:
+                raise ConfigError(
+                    "value_learning_rate is a multiple of learning_rate, which is 0; use value_warmup_steps"
+                )
+
+    @property
+    def reward_models(self) -> list[str]:
+        return [] if self.reward_model_path is None else [self.reward_model_path]
+
+    def rates(self) -> dict[str, float]:
+        return {} if self.value_learning_rate is None else {CRITIC: self.value_learning_rate}
 
 
 PROMPTS: tuple[DatasetType, ...] = ("prompt_only",)
@@ -186,6 +221,7 @@ class Method(NamedTuple):
         encode: how rows become examples; None where completions are sampled.
         accepted: the types of rows that can be trained on.
         head: of the model.
+        has_critic: whether a value model is trained beside it.
     """
 
     name: str
@@ -194,6 +230,7 @@ class Method(NamedTuple):
     encode: Callable[..., Encoded] | None
     accepted: tuple[DatasetType, ...]
     head: str = "lm"
+    has_critic: bool = False
 
     @property
     def is_online(self) -> bool:
@@ -220,6 +257,7 @@ METHODS: dict[str, Method] = {
         Method("reward", RewardConfig, Reward, encode_compared, COMPARED, head="reward"),
         Method("grpo", GRPOConfig, GRPO, None, PROMPTS),
         Method("rloo", RLOOConfig, RLOO, None, PROMPTS),
+        Method("ppo", PPOConfig, PPO, None, PROMPTS, has_critic=True),
     )
 }
 

@@ -52,6 +52,31 @@ class Contrast(NamedTuple):
         return jnp.where(both, means, 0.0)
 
 
+class Variance(NamedTuple):
+    """The mean square of deviations from the mean, not divided yet, so that it adds up exactly like a `Mean`.
+
+    Attributes:
+        total: sum of the values, each less a constant near them, which keeps digits.
+        squares: sum of the squares of these.
+        count: number of values.
+    """
+
+    total: Float[Array, ""]
+    squares: Float[Array, ""]
+    count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def value(self) -> Float[Array, ""]:
+        """The variance; 0 where nothing was counted."""
+        mean, square = (Mean(part, self.count).value() for part in (self.total, self.squares))
+        return square - mean * mean
+
+
+def masked_variance(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, around: float) -> Variance:
+    """The Variance of `values` where `mask` is True; `around` is a constant near them."""
+    off = jnp.where(mask, values.astype(jnp.float32) - around, 0.0)
+    return Variance(jnp.sum(off), jnp.sum(off * off), jnp.sum(mask.astype(jnp.float32)))
+
+
 class Least(NamedTuple):
     """The smallest value of a batch; infinite where there was none."""
 
@@ -64,7 +89,7 @@ class Greatest(NamedTuple):
     greatest: Float[Array, ""]
 
 
-Metric = Mean | Contrast | Least | Greatest
+Metric = Mean | Contrast | Variance | Least | Greatest
 
 
 def loss_of(metrics: Mapping[str, Metric]) -> Mean:
@@ -86,7 +111,7 @@ def greatest(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Gre
 
 def over_parts(stacked: Mapping[str, Metric]) -> dict[str, Metric]:
     """The metrics of a batch from those of its parts, which are stacked along a leading axis."""
-    reductions = {Mean: jnp.sum, Contrast: jnp.sum, Least: jnp.min, Greatest: jnp.max}
+    reductions = {Mean: jnp.sum, Contrast: jnp.sum, Variance: jnp.sum, Least: jnp.min, Greatest: jnp.max}
     return {name: jax.tree.map(partial(reductions[type(metric)], axis=0), metric) for name, metric in stacked.items()}
 
 
@@ -96,6 +121,7 @@ class Tally:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
         self._contrasts: dict[str, tuple[float, float, float, float]] = {}
+        self._variances: dict[str, tuple[float, float, float]] = {}
         self._extremes: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
@@ -108,6 +134,10 @@ class Tally:
                 sums = zip(self._contrasts.get(name, (0.0,) * 4), metric, strict=True)
                 first, count, second, other_count = (total + float(part) for total, part in sums)
                 self._contrasts[name] = first, count, second, other_count
+            elif isinstance(metric, Variance):
+                sums = zip(self._variances.get(name, (0.0,) * 3), metric, strict=True)
+                total, squares, count = (sum_ + float(part) for sum_, part in sums)
+                self._variances[name] = total, squares, count
             else:
                 value, choose = float(metric[0]), min if isinstance(metric, Least) else max
                 self._extremes[name] = choose(value, self._extremes.get(name, value))
@@ -119,12 +149,17 @@ class Tally:
             name: first / count - second / other_count if count and other_count else 0.0
             for name, (first, count, second, other_count) in self._contrasts.items()
         }
-        return means | contrasts | self._extremes
+        variances = {
+            name: squares / count - (total / count) ** 2 if count else 0.0
+            for name, (total, squares, count) in self._variances.items()
+        }
+        return means | contrasts | variances | self._extremes
 
     def clear(self) -> None:
         """Begin anew."""
         self._sums.clear()
         self._contrasts.clear()
+        self._variances.clear()
         self._extremes.clear()
 
 

@@ -1,6 +1,6 @@
 """The feed of methods that learn from rows on disk."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class Run(NamedTuple):
         reference: None where the method needs none.
         annotate: the compiled annotation of a step's batch.
         start: steps that are done already.
+        kept: what the source has kept of the batches that the next step goes on with.
     """
 
     objective: Any
@@ -39,6 +40,7 @@ class Run(NamedTuple):
     reference: Reference | None
     annotate: Callable[[TrainState, Batch], Batch]
     start: int
+    kept: Sequence[Batch] = ()
 
 
 class Read(NamedTuple):
@@ -59,6 +61,10 @@ class RowSource:
 
     def __call__(self, state: TrainState) -> Read:
         return Read(next(self._batches))
+
+    def kept(self) -> list[Batch]:
+        """Nothing: rows are read anew."""
+        return []
 
 
 class Offline:
@@ -87,6 +93,11 @@ class Offline:
     def num_steps(self) -> int:
         """Optimizer steps of the run."""
         return self.loader.num_steps
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Parts of an optimizer step that gradients are added up over."""
+        return self.pipeline.args.gradient_accumulation_steps
 
     @property
     def steps_per_epoch(self) -> int:

@@ -19,24 +19,27 @@ from jaxpost.data.rows import Rows, as_rows
 from jaxpost.data.tokenizer import eos_ids
 from jaxpost.errors import ConfigError
 from jaxpost.methods import Method
+from jaxpost.models.actor_critic import policy_of
 from jaxpost.models.adapters import folded
 from jaxpost.models.config import Compute
 from jaxpost.models.pretrained import open_source
+from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Batch
 from jaxpost.offline import Run
 from jaxpost.options import part_of
 from jaxpost.pipeline import rows_of
 from jaxpost.rl.generate import Completion, generate
+from jaxpost.rl.plan import Plan, plan
 from jaxpost.rl.report import Recorder
 from jaxpost.rl.rewards import RewardFunctionsConfig, Rewards
-from jaxpost.rl.rollout import Answers, Plan, Rollouts, plan
+from jaxpost.rl.rollout import Answers, Rollouts
 from jaxpost.rl.sampling import SamplingConfig
 from jaxpost.scoring import score
-from jaxpost.sharding import batch_groups, put
+from jaxpost.sharding import batch_groups, put, rows_sharding
 from jaxpost.train.state import TrainState, merge
-from jaxpost.train.step import InParts, Programs, split_batch
+from jaxpost.train.step import InParts, Programs, remembered, split_batch
 
-RewardFunction = str | Callable[..., Any]
+RewardFunction = str | Decoder | Callable[..., Any]
 
 
 class Online:
@@ -47,7 +50,7 @@ class Online:
         args: the run's config.
         base: the model as it was opened.
         train, held_out: rows with prompts; by default those of `--dataset_name`.
-        reward_funcs: names or functions; by default `--reward_funcs`.
+        reward_funcs: names or functions, models too; by default `--reward_funcs`.
         mesh: where batches go.
         folder: of the run.
 
@@ -72,24 +75,24 @@ class Online:
         self.plan: Plan = plan(
             args, args.per_device_train_batch_size, batch_groups(mesh), args.gradient_accumulation_steps
         )
-        if args.save_strategy == "steps" and args.save_steps % self.plan.num_steps:
-            raise ConfigError(
-                f"save_steps is {args.save_steps}; a run can go on only where completions are made anew: give a "
-                f"multiple of {self.plan.num_steps}"
-            )
         train_rows, eval_rows = rows_of(method, args, train, held_out)
         self.prompts = self._prompts(train_rows)
         self.eval_prompts = None if eval_rows is None else self._prompts(eval_rows)
         given = args.reward_funcs if reward_funcs is None else reward_funcs
-        functions = [given] if isinstance(given, str) or callable(given) else list(given or [])
+        named = [given] if isinstance(given, str | Decoder) or callable(given) else list(given or [])
+        functions = [reward_function(function, args, base) for function in named]
+        functions += [reward_model(path, "reward_model_path", args) for path in args.reward_models]
         weights = args.reward_weights
         if weights is not None and len(weights) != len(functions):
             raise ConfigError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions")
-        self.rewards = Rewards(
-            [reward_model(function, args) for function in functions], part_of(args, RewardFunctionsConfig)
-        )
+        self.rewards = Rewards(functions, part_of(args, RewardFunctionsConfig))
         self.steps_per_epoch = max(1, len(self.prompts.tokens) // self.plan.num_prompts) * self.plan.num_steps
         self.num_steps = args.total_steps(self.steps_per_epoch)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Parts of an optimizer step that gradients are added up over."""
+        return self.plan.num_micro_batches
 
     def fingerprint(self) -> str:
         """What the batches depend on, beside the policy."""
@@ -98,18 +101,18 @@ class Online:
 
     def source(self, run: Run, state: TrainState, step: Programs) -> Rollouts:
         """Completions from the next step on."""
-        return self._rollouts(run, run.start)
+        return self._rollouts(run)
 
     def evaluation(self, run: Run, state: TrainState) -> Callable[[TrainState], dict[str, float]]:
         """Rewards of completions of the held-out prompts."""
-        rollouts = self._rollouts(run, 0)
+        rollouts = self._rollouts(run._replace(start=0, kept=()))
         return lambda state: self._measured(rollouts, state)
 
     def evaluate(self, run: Run, state: TrainState, rows: Any) -> dict[str, float]:
         """Likewise, once, for the held-out prompts or others."""
         if rows is not None:
             self.eval_prompts = self._prompts(as_rows(rows, "eval_dataset"))
-        return self._measured(self._rollouts(run, 0), state)
+        return self._measured(self._rollouts(run), state)
 
     def close(self) -> None:
         """End the processes of reward functions."""
@@ -136,14 +139,14 @@ class Online:
         base.notes.append(f"{rows.name}: {len(prompts.tokens)} prompts{skipped}")
         return prompts
 
-    def _rollouts(self, run: Run, start: int) -> Rollouts:
+    def _rollouts(self, run: Run) -> Rollouts:
         args, base = self.args, self.base
         ends = eos_ids(base.tokenizer, base.generation_config, base.config.hf, base.vocab_size)
         knobs = part_of(args, SamplingConfig).knobs()
 
         def complete(state: TrainState, prompts: list[np.ndarray], each: int, first: int) -> list[Completion]:
             return generate(
-                folded(merge(run.graphdef, state.params, state.frozen)),
+                folded(policy_of(merge(run.graphdef, state.params, state.frozen))),
                 prompts,
                 max_new_tokens=args.max_completion_length,
                 eos_ids=ends,
@@ -173,11 +176,12 @@ class Online:
             read=self._text,
             rewards=self.rewards,
             weights=args.reward_weights,
-            appraise=Appraisal(run, self.plan, self.mesh, args.gradient_accumulation_steps),
+            appraise=Appraisal(run, self.plan, self.mesh),
             record=record,
             seed=args.seed,
             branches=base.config.reads_branches,
-            start=start,
+            start=run.start,
+            kept=jax.device_put(run.kept, rows_sharding(self.mesh)),
         )
 
     def _text(self, completion: Completion, prompt: Any) -> Any:
@@ -189,44 +193,66 @@ class Online:
 class Appraisal:
     """Makes the batches of optimizer steps of the rows of a generation; what it compiles, it compiles once."""
 
-    def __init__(self, run: Run, numbers: Plan, mesh: Mesh, accumulation: int):
+    def __init__(self, run: Run, numbers: Plan, mesh: Mesh):
         self._mesh = mesh
         self._fixed = None if run.reference is None else run.reference.arrays
         parts, reused = numbers.num_parts, numbers.num_steps > 1
+        pieces = parts * numbers.num_micro_batches
 
-        @jax.jit
-        def appraise(params: Any, frozen: Any, arrays: Any, batch: Batch) -> tuple[list[Batch], jax.Array]:
+        def appraise(
+            params: Any, frozen: Any, arrays: Any, memory: dict[str, jax.Array], batch: Batch
+        ) -> tuple[list[Batch], jax.Array]:
             policy = merge(run.graphdef, params, frozen)
             reference = run.reference
-            compared = None if reference is None else InParts(reference.build(policy, arrays), parts * accumulation)
-            appraised = run.objective.appraise(InParts(policy, parts * accumulation), compared, batch, reused=reused)
+            compared = None if reference is None else InParts(reference.build(policy, arrays), pieces)
+            batch = remembered(batch, memory)
+            appraised = run.objective.appraise(InParts(policy, pieces), compared, batch, reused=reused)
             split = split_batch(appraised, parts)
             return [jax.tree.map(lambda column, i=i: column[i], split) for i in range(parts)], appraised["advantages"]
 
-        self._appraise = appraise
+        # Laid out as `put` does it, so that a step is the same program when they come from a checkpoint.
+        self._appraise = jax.jit(appraise, out_shardings=(rows_sharding(mesh), None))
 
     def __call__(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[list[Batch], np.ndarray]:
         """The batches, and the advantage of each completion [B, S]."""
         arrays = self._fixed if state.reference is None else state.reference
-        batches, advantages = self._appraise(state.params, state.frozen, arrays, put(dict(batch), self._mesh))
+        rows = put(dict(batch), self._mesh)
+        batches, advantages = self._appraise(state.params, state.frozen, arrays, state.memory, rows)
         return batches, np.asarray(advantages)
 
 
-def reward_model(function: RewardFunction, args: Any) -> RewardFunction:
-    """A reward model as a function, where the name is that of a folder; anything else as it is."""
-    if not isinstance(function, str) or not Path(function).is_dir():
-        return function
-    source = open_source(function)
+def reward_function(function: RewardFunction, args: Any, base: BaseModel) -> str | Callable[..., Any]:
+    """A reward model as a function, where the name is that of a folder; other names and functions as they are."""
+    if isinstance(function, Decoder):
+        return scorer(function, base.tokenizer, "reward_model", args)
+    if isinstance(function, str) and Path(function).is_dir():
+        return reward_model(function, "reward_funcs", args)
+    return function
+
+
+def reward_model(path: str, flag: str, args: Any) -> Callable[..., Any]:
+    """The model at a path as a function; texts are tokenised as it reads them.
+
+    Raises:
+        ConfigError: there is none, or it has no trained reward head.
+    """
+    source = open_source(path)
     if not source.has_trained_head("reward"):
-        raise ConfigError(f"reward_funcs: {function} has no trained reward head; train one with jaxpost reward")
+        raise ConfigError(f"{flag}: {path} has no trained reward head; train one with jaxpost reward")
     model = source.load(head="reward", dtype=args.dtype, compute=Compute(dtype=args.dtype))
-    tokenizer = source.tokenizer()
+    return scorer(model, source.tokenizer(), Path(path).name, args)
+
+
+def scorer(model: Decoder, tokenizer: Any, name: str, args: Any) -> Callable[..., Any]:
+    """A reward function of a reward model and its tokenizer."""
+    if model.head_kind != "reward":
+        raise ConfigError(f'{name} has no score; load it with from_pretrained(path, head="reward")')
 
     def scores(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, completions, strict=True)]
         return score(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size).tolist()
 
-    scores.__name__ = Path(function).name
+    scores.__name__ = name
     return scores
 
 

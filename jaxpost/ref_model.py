@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxpost.errors import ConfigError
+from jaxpost.models.actor_critic import policy_of
 from jaxpost.models.adapters import active_config, keep_reference, reference_view
 from jaxpost.models.hf import place
 from jaxpost.models.pretrained import open_source
@@ -45,7 +46,7 @@ def load_reference(
     if reference is None and has_adapter:
         if goes_on:
             keep_reference(policy)
-        return Reference(lambda model, _: reference_view(model))
+        return Reference(lambda model, _: reference_view(policy_of(model)))
     if reference is None and args.precompute_ref_log_probs:
         return Reference(lambda model, _: model)  # it is asked before the policy has moved
     if reference is None:

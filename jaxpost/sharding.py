@@ -178,9 +178,14 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Where the columns of a batch are: the leading axis is split over data x fsdp."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Place this process's rows of a batch on the mesh; the leading axis is split over data x fsdp."""
-    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    sharding = rows_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, column) for name, column in batch.items()}
 
 

@@ -17,9 +17,10 @@ from flax import nnx
 from jaxpost.base_model import open_base
 from jaxpost.errors import ConfigError
 from jaxpost.methods import CompletionsConfig, Method, OnlineConfig, changed_fields, config_yaml, suited_to
+from jaxpost.models.actor_critic import ActorCritic, save_critic, trainable_of
 from jaxpost.models.adapters import active_config
 from jaxpost.models.export import save_pretrained
-from jaxpost.models.lora import trainable_filter, with_dropout
+from jaxpost.models.lora import with_dropout
 from jaxpost.models.lora_config import LoraConfig, PeftConfig, as_lora_config
 from jaxpost.models.peft import save_adapter
 from jaxpost.models.transformer import Decoder
@@ -39,6 +40,7 @@ from jaxpost.train.reference import follow
 from jaxpost.train.report import write_curves, write_model_card
 from jaxpost.train.state import create_state, decay_mask, merge, snapshot
 from jaxpost.train.step import Programs, make_annotate, make_step
+from jaxpost.value_model import load_value_model
 
 Feed = Offline | Online
 
@@ -58,7 +60,8 @@ class Trainer:
         peft_config: the adapter to train, ours or a `peft.LoraConfig`; by default what `args` say.
         ref_model: what the policy is compared with, by methods that do; by default what `args` say.
         compute_metrics: further metrics of evaluation, of an `EvalPrediction` with the reward of every example.
-        reward_funcs: what completions are rewarded by, of methods that sample them: names or functions.
+        reward_funcs: what completions are rewarded by, of methods that sample them: names, functions or reward models.
+        value_model: what a value model of its own starts from, of methods that train one; by default what `args` say.
 
     Raises:
         ConfigError, DataError: one line each, before anything is written.
@@ -77,6 +80,7 @@ class Trainer:
         ref_model: str | os.PathLike[str] | Decoder | None = None,
         compute_metrics: ComputeMetrics | None = None,
         reward_funcs: Any = None,
+        value_model: str | os.PathLike[str] | Decoder | None = None,
     ):
         self.method = method
         self.args = method.config() if args is None else args
@@ -99,16 +103,20 @@ class Trainer:
             groups, rows = batch_groups(self.mesh), (train_dataset, eval_dataset)
             shared = (self.processing_class, self.base.vocab_size, groups, self.notes, formatting_func)
             self.feed = Offline(Pipeline(method, self.args, *shared), *rows, self.mesh, compute_metrics)
-        self.model: Decoder = self.base.load()
-        self.trainable = trainable_filter(self.model)
+        self.policy: Decoder = self.base.load()
+        self.model: Decoder | ActorCritic = self.policy
+        if method.has_critic:
+            options = {"lora": lora, "tokenizer": self.processing_class, "notes": self.notes}
+            self.model = load_value_model(self.policy, value_model, self.args, self.mesh, **options)
+        self.trainable = trainable_of(self.model)
         check_loraplus(self.args, nnx.to_pure_dict(nnx.state(self.model, self.trainable)))
         self.memory = {name: jnp.zeros(()) for name in self.objective.remembers}
         self.reference = None
         if self.objective.needs_reference:
             compared = ref_model or self.args.ref_model_name_or_path
-            self.reference = load_reference(self.model, compared, self.args, self.mesh, goes_on=lora is None)
+            self.reference = load_reference(self.policy, compared, self.args, self.mesh, goes_on=lora is None)
             if self.args.precompute_ref_log_probs and isinstance(self.feed, Offline):
-                self.feed.ask(self.objective, self.model, self.reference)
+                self.feed.ask(self.objective, self.policy, self.reference)
                 self.reference = None
 
     def train(self) -> dict[str, float]:
@@ -127,7 +135,8 @@ class Trainer:
                 state = dataclasses.replace(state, reference=moving.arrays)
             checkpoints = Checkpoints(self.output_dir / "checkpoints", args, self.feed.fingerprint())
             state, facts = checkpoints.restore(state) or (state, {"num_tokens": 0})
-            num_parts = args.gradient_accumulation_steps
+            kept = checkpoints.kept(state, facts)
+            num_parts = self.feed.num_micro_batches
             annotate = make_annotate(self.objective, graphdef, self.reference, num_parts=num_parts)
             step = Programs(
                 make_step(
@@ -140,11 +149,11 @@ class Trainer:
                     num_micro_batches=num_parts,
                     seed=args.seed,
                     training=self._as_trained,
-                    follow=follow(args) if moving else lambda state: None,
+                    follow=follow(args, self._followed) if moving else lambda state: None,
                 )
             )
             with self._log(total, int(state.step)) as log:
-                run = Run(self.objective, graphdef, self.reference, annotate, int(state.step))
+                run = Run(self.objective, graphdef, self.reference, annotate, int(state.step), kept)
                 state = fit(
                     state,
                     source=self.feed.source(run, state, step),
@@ -177,12 +186,21 @@ class Trainer:
             return self.feed.evaluate(run, state, eval_dataset)
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
-        """Write the model as it is now to a Hugging Face folder, or its adapter in PEFT's format."""
-        if active_config(self.model) is None:
-            save_pretrained(self.model, self.processing_class, path, generation_config=self.base.generation_config)
+        """Write the model as it is now to a Hugging Face folder, or its adapter in PEFT's format.
+
+        A value model that is trained beside it is written to `value_model/` in there.
+        """
+        name, revision = self.base.base
+        if active_config(self.policy) is None:
+            save_pretrained(self.policy, self.processing_class, path, generation_config=self.base.generation_config)
         else:
-            name, revision = self.base.base
-            save_adapter(self.model, path, name, revision=revision, tokenizer=self.processing_class)
+            save_adapter(self.policy, path, name, revision=revision, tokenizer=self.processing_class)
+        if isinstance(self.model, ActorCritic):
+            save_critic(self.model, Path(path) / "value_model", self.base.base, self.processing_class)
+
+    def _followed(self, params: Any) -> Any:
+        """Of the parameters those that a reference that follows is a copy of."""
+        return params["policy"] if isinstance(self.model, ActorCritic) else params
 
     def _as_trained(self, model: Any, key: jax.Array) -> Any:
         """The model with the dropout of its adapters, unless the method's config says otherwise."""

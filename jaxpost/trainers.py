@@ -12,6 +12,7 @@ from jaxpost.methods import (
     GRPOConfig,
     KTOConfig,
     ORPOConfig,
+    PPOConfig,
     RewardConfig,
     RLOOConfig,
     SFTConfig,
@@ -156,6 +157,34 @@ def RLOOTrainer(
     return _trainer("rloo", model, args, *data, peft_config, None, reward_funcs=reward_funcs)
 
 
+def PPOTrainer(
+    model: Name = None,
+    reward_funcs: Any = None,
+    args: PPOConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    ref_model: Name = None,
+    reward_model: Name = None,
+    value_model: Name = None,
+    peft_config: Adapter = None,
+) -> Trainer:
+    """Proximal policy optimisation with TRL's argument names; see `Trainer`.
+
+    `reward_model` is one more of `reward_funcs`; one that is loaded reads the policy's tokens.
+    """
+    rewards = reward_funcs
+    if reward_model is not None:
+        own = (args.reward_funcs if args else None) if reward_funcs is None else reward_funcs
+        first = [own] if isinstance(own, str | Decoder) or callable(own) else list(own or [])
+        rewards = [*first, reward_model if isinstance(reward_model, Decoder) else os.fspath(reward_model)]
+    data, options = (
+        (train_dataset, eval_dataset, processing_class),
+        {"reward_funcs": rewards, "value_model": value_model},
+    )
+    return _trainer("ppo", model, args, *data, peft_config, None, ref_model, **options)
+
+
 def _trainer(
     name: str,
     model: Name,
@@ -167,8 +196,9 @@ def _trainer(
     compute_metrics: ComputeMetrics | None,
     ref_model: Name = None,
     reward_funcs: Any = None,
+    value_model: Name = None,
 ) -> Trainer:
     data = {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
     options = {"peft_config": adapter, "ref_model": ref_model, "compute_metrics": compute_metrics}
-    options["reward_funcs"] = reward_funcs
+    options |= {"reward_funcs": reward_funcs, "value_model": value_model}
     return Trainer(METHODS[name], model, args, **data, **options)

@@ -10,7 +10,7 @@ FLOOR = {
     **dict.fromkeys(["models", "data"], 2),
     **dict.fromkeys(["objectives", "rl"], 3),
     **dict.fromkeys(["train", "encode"], 4),
-    **dict.fromkeys(["methods", "base_model", "ref_model"], 5),
+    **dict.fromkeys(["methods", "base_model", "ref_model", "value_model"], 5),
     "pipeline": 6,
     **dict.fromkeys(["generate", "export", "preview", "evaluate", "scoring", "offline"], 7),
     "online": 8,

@@ -208,7 +208,7 @@ def with_dropout(model: Any, key: Key[Array, ""]) -> Any:
     """
     model = view(model)
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, LoRA) and module.dropout and path[0] != ADAPTERS:
+        if isinstance(module, LoRA) and module.dropout and ADAPTERS not in path:
             own = jax.random.fold_in(key, zlib.crc32(".".join(map(str, path)).encode()))
             layers = module.scale[...].shape
             module.key = DropoutKey(jax.random.split(own, layers) if layers else own)

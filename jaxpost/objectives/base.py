@@ -6,7 +6,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float, Int
@@ -37,6 +37,7 @@ class Objective(Protocol):
 
     Attributes:
         remembers: columns [B] that `annotate` is given as it left them at the step before, 0 at first; all rows alike.
+            An online objective's `appraise` is given them too.
     """
 
     remembers: ClassVar[tuple[str, ...]]
@@ -56,6 +57,10 @@ class Objective(Protocol):
 
     def rewards(self, model: Model, batch: Batch) -> Float[Array, "B S"]:
         """How good the model finds each example of an annotated batch; no gradient is kept."""
+        ...
+
+    def taken(self, updates: Any, batch: Batch, step: Int[Array, ""]) -> Any:
+        """What of the optimizer's updates [as the parameters] the parameters take, in the step after `step` others."""
         ...
 
 
@@ -87,3 +92,7 @@ class ObjectiveBase:
             ConfigError: always.
         """
         raise ConfigError(f"{type(self).__name__} gives examples no rewards, so there is nothing to compute metrics of")
+
+    def taken(self, updates: Any, batch: Batch, step: Int[Array, ""]) -> Any:
+        """See Objective; all of them."""
+        return updates

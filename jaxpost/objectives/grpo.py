@@ -31,7 +31,7 @@ from jaxpost.objectives.grpo_losses import (
     vespo_weight,
 )
 from jaxpost.objectives.logps import next_tokens, score_batch
-from jaxpost.objectives.online import OnlineBase, clip_metrics, sampling_difference
+from jaxpost.objectives.online import ClippedBase, clip_metrics, sampling_difference
 from jaxpost.objectives.sequences import exists, mean_per_example, per_example, per_token
 from jaxpost.options import one_of, option
 
@@ -39,7 +39,7 @@ PER_TOKEN = ("bnpo", "dapo", "cispo", "vespo")  # the mean is over all tokens of
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO(OnlineBase):
+class GRPO(ClippedBase):
     """The objective; rows are completions of the policy, see `objectives.online`."""
 
     remembers: ClassVar[tuple[str, ...]] = ("entropy_coef_change", "entropy_is_low")

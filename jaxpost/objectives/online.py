@@ -38,8 +38,6 @@ class OnlineBase(ObjectiveBase):
 
     temperature: float = option(1.0, "Softmax temperature of sampling, which also divides the logits in training.")
     max_completion_length: int = option(512, "Longest completion, in tokens.")
-    epsilon: float = option(0.2, "How far below 1 the ratio of probabilities counts.")
-    epsilon_high: float | None = option(None, "How far above 1 it does; null for epsilon.")
     reward_weights: list[float] | None = option(None, "Weight of each reward function; null for 1.")
     mask_truncated_completions: bool = option(False, "Do not learn from completions that were cut.")
 
@@ -48,15 +46,6 @@ class OnlineBase(ObjectiveBase):
             raise ConfigError(f"temperature is {self.temperature}; it must be above 0 to learn from what is sampled")
         if self.max_completion_length < 1:
             raise ConfigError(f"max_completion_length is {self.max_completion_length}; it must be at least 1")
-        for name in ("epsilon", "epsilon_high"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} is {value}; it must be above 0")
-
-    @property
-    def high(self) -> float:
-        """Bound of the ratio, above 1."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def weights(self, batch: Batch) -> Float[Array, "F"]:
         """Of the reward functions."""
@@ -72,6 +61,32 @@ class OnlineBase(ObjectiveBase):
         if not self.mask_truncated_completions:
             return batch
         return {**batch, "loss_mask": batch["loss_mask"] * per_token(batch["ended"], batch)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedBase(OnlineBase):
+    """What GRPO and its kin share beside: the bounds of the ratio, by their names for them."""
+
+    epsilon: float = option(0.2, "How far below 1 the ratio of probabilities counts.")
+    epsilon_high: float | None = option(None, "How far above 1 it does; null for epsilon.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epsilon", "epsilon_high"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} is {value}; it must be above 0")
+
+    @property
+    def high(self) -> float:
+        """Bound of the ratio, above 1."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+def check_bounds(name: str, bounds: list[float] | None) -> None:
+    """Raise ConfigError if they are given and are not two numbers, the least first."""
+    if bounds is not None and (len(bounds) != 2 or bounds[0] >= bounds[1]):
+        raise ConfigError(f"{name} is {bounds}; give the least reward and the greatest")
 
 
 def sampling_difference(logps: Float[Array, "B T"], batch: Batch) -> dict[str, Metric]:

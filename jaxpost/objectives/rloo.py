@@ -19,13 +19,13 @@ from jaxpost.metrics import Mean, Metric, masked_mean
 from jaxpost.objectives.base import Batch, Model
 from jaxpost.objectives.grpo_losses import clipped_loss, leave_one_out_advantages, standardised, weighted_rewards
 from jaxpost.objectives.logps import next_tokens, score_batch
-from jaxpost.objectives.online import OnlineBase, clip_metrics, sampling_difference
+from jaxpost.objectives.online import ClippedBase, check_bounds, clip_metrics, sampling_difference
 from jaxpost.objectives.sequences import exists, per_example
 from jaxpost.options import one_of, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLOO(OnlineBase):
+class RLOO(ClippedBase):
     """The objective; rows are completions of the policy, see `objectives.online`."""
 
     beta: float = option(0.05, "Coefficient of the KL divergence from the reference, which is part of the reward.")
@@ -38,9 +38,7 @@ class RLOO(OnlineBase):
         one_of("baseline", self.baseline, ("leave_one_out", "batch"))
         if self.beta < 0:
             raise ConfigError(f"beta is {self.beta}; it must not be negative")
-        bounds = self.reward_clip_range
-        if bounds is not None and (len(bounds) != 2 or bounds[0] >= bounds[1]):
-            raise ConfigError(f"reward_clip_range is {bounds}; give the least reward and the greatest")
+        check_bounds("reward_clip_range", self.reward_clip_range)
 
     @property
     def needs_reference(self) -> bool:

@@ -3,7 +3,6 @@
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,110 +10,13 @@ import numpy as np
 from jaxpost.data.examples import Example
 from jaxpost.data.loader import collate, shuffled
 from jaxpost.data.prompts import Prompts
-from jaxpost.errors import ConfigError
-from jaxpost.metrics import Contrast, Mean, Metric
-from jaxpost.options import option
+from jaxpost.metrics import Greatest, Least, Metric
 from jaxpost.rl.generate import Completion
+from jaxpost.rl.plan import GenerationConfig, Plan
 from jaxpost.rl.report import Scores, completion_metrics, reward_metrics
 from jaxpost.rl.rewards import Rewards, Scored
 
 LEAST_STEP = 64  # tokens by which row lengths differ at least
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How many completions there are and how often; names and defaults are TRL's."""
-
-    num_generations: int = option(8, "Completions of each prompt that are compared with each other.")
-    num_iterations: int = option(1, "How often the completions of one generation are learned from.")
-    steps_per_generation: int | None = option(
-        None, "Micro-batches that one generation fills; by default gradient_accumulation_steps."
-    )
-    generation_batch_size: int | None = option(None, "Completions of one generation, instead of steps_per_generation.")
-    rollout_batch_size: int = option(64, "Completions per data-parallel group that are decoded together.")
-    shuffle_dataset: bool = option(True, "Take the prompts in random order.")
-    dynamic_sampling: bool = option(
-        False, "Sample other prompts in place of those whose completions are all rewarded alike (DAPO)."
-    )
-    max_resamplings: int = option(3, "How often dynamic_sampling tries.")
-    num_generations_eval: int | None = option(None, "Completions of each held-out prompt; by default num_generations.")
-    log_completions: bool = option(False, "Print some completions of each generation; all are kept in completions/.")
-    num_completions_to_print: int | None = option(None, "How many; 8 by default.")
-
-    def __post_init__(self) -> None:
-        for name in ("num_generations", "num_iterations", "rollout_batch_size", "max_resamplings"):
-            least = 2 if name == "num_generations" else 1
-            if vars(self)[name] < least:
-                raise ConfigError(f"{name} is {vars(self)[name]}; it must be at least {least}")
-        for name in (
-            "steps_per_generation",
-            "generation_batch_size",
-            "num_generations_eval",
-            "num_completions_to_print",
-        ):
-            if vars(self)[name] is not None and vars(self)[name] < 1:
-                raise ConfigError(f"{name} is {vars(self)[name]}; it must be at least 1")
-        if self.steps_per_generation is not None and self.generation_batch_size is not None:
-            raise ConfigError("steps_per_generation and generation_batch_size say the same; give one of them")
-
-
-class Plan(NamedTuple):
-    """The numbers of a run.
-
-    Attributes:
-        num_prompts, num_generations: of one generation.
-        row_size: completions of a row.
-        num_rows: rows of an optimizer step.
-        num_parts: optimizer steps that one generation has different rows for.
-        num_iterations: how often each of them is taken.
-    """
-
-    num_prompts: int
-    num_generations: int
-    row_size: int
-    num_rows: int
-    num_parts: int
-    num_iterations: int
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of a generation."""
-        return self.num_parts * self.num_iterations
-
-    @property
-    def num_completions(self) -> int:
-        """Of a generation."""
-        return self.num_prompts * self.num_generations
-
-
-def plan(config: RolloutConfig, row_size: int, groups: int, accumulation: int) -> Plan:
-    """The numbers of a run with rows of `row_size` completions, for groups of devices that accumulate so many rows.
-
-    Raises:
-        ConfigError: they do not divide.
-    """
-    per_micro = row_size * groups
-    steps = config.steps_per_generation or accumulation
-    if config.generation_batch_size is not None:
-        if config.generation_batch_size % per_micro:
-            raise ConfigError(
-                f"generation_batch_size is {config.generation_batch_size}; it must be a multiple of the {per_micro} "
-                "completions of a micro-batch"
-            )
-        steps = config.generation_batch_size // per_micro
-    if steps % accumulation:
-        raise ConfigError(
-            f"a generation fills {steps} micro-batches; that must be a multiple of gradient_accumulation_steps, "
-            f"{accumulation}"
-        )
-    if per_micro * steps % config.num_generations:
-        raise ConfigError(
-            f"a generation has {per_micro * steps} completions; that must be a multiple of num_generations, "
-            f"{config.num_generations}: change per_device_train_batch_size or gradient_accumulation_steps"
-        )
-    prompts = per_micro * steps // config.num_generations
-    rows = groups * accumulation
-    return Plan(prompts, config.num_generations, row_size, rows, steps // accumulation, config.num_iterations)
 
 
 class Rollout(NamedTuple):
@@ -163,6 +65,7 @@ class Rollouts:
         seed: of the order of the prompts.
         branches: the model reads a prompt once for several completions.
         start: the first step.
+        kept: what `kept` gave after the step before; empty where a generation begins.
 
     Attributes:
         ahead: False, since the policy has to have taken the step before.
@@ -174,7 +77,7 @@ class Rollouts:
         self,
         prompts: Prompts,
         plan: Plan,
-        config: RolloutConfig,
+        config: GenerationConfig,
         *,
         complete: Callable[[Any, list[np.ndarray], int, int], list[Completion]],
         read: Callable[[Completion, Any], Any],
@@ -185,13 +88,14 @@ class Rollouts:
         seed: int,
         branches: bool,
         start: int = 0,
+        kept: Sequence[Any] = (),
     ):
         self.prompts, self.plan, self.config = prompts, plan, config
         self._complete, self._read, self._rewards = complete, read, rewards
         self._appraise, self._record, self._weights = appraise, record, weights
         self._seed, self._branches, self._next = seed, branches, start
         self._order = functools.lru_cache(maxsize=2)(functools.partial(shuffled, len(prompts.tokens), seed))
-        self._batches: list[Any] = []
+        self._batches: list[Any] = list(kept)
 
     def __call__(self, state: Any) -> Rollout:
         """The batch of the next step; generates where a generation begins."""
@@ -201,6 +105,10 @@ class Rollouts:
         if rest == 0:
             self._batches, metrics, times = self._generate(state, generation, step)
         return Rollout(self._batches[rest % self.plan.num_parts], metrics, times)
+
+    def kept(self) -> list[Any]:
+        """The batches of the generation that the next step goes on with; none where it begins with a new one."""
+        return self._batches if self._next % self.plan.num_steps else []
 
     def evaluate(self, state: Any, prompts: Prompts, per_prompt: int) -> dict[str, float]:
         """Rewards of completions of other prompts."""
@@ -362,4 +270,4 @@ def deal(lengths: Sequence[int], plan: Plan) -> list[list[int]]:
 
 
 def _value(metric: Metric) -> float:
-    return float(metric.value()) if isinstance(metric, Mean | Contrast) else float(metric[0])
+    return float(metric[0]) if isinstance(metric, Least | Greatest) else float(metric.value())

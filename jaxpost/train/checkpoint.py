@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from jaxpost.errors import CheckpointError, ConfigError, one_line
+from jaxpost.objectives.base import Batch
 from jaxpost.options import one_of, option
 from jaxpost.sharding import path_of
 from jaxpost.train.state import TrainState
@@ -75,7 +77,14 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=best, create=True)
         return ocp.CheckpointManager(self.folder.absolute(), options=options)
 
-    def save(self, state: TrainState, step: int, facts: dict[str, Any], metrics: dict[str, float]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        facts: dict[str, Any],
+        metrics: dict[str, float],
+        kept: Sequence[Batch] = (),
+    ) -> None:
         """Start saving; training goes on while the files are written.
 
         Args:
@@ -83,11 +92,16 @@ class Checkpoints:
             step: the state's step.
             facts: small JSON values that must survive with it.
             metrics: of its evaluation.
+            kept: batches that steps after this one need and that cannot be made again.
         """
         if self._manager.latest_step() == step:
             return
         facts = {**facts, "arrays": _arrays(state), "data": self.data}
-        items = {"state": ocp.args.StandardSave(_saved(state)), "facts": ocp.args.JsonSave(facts)}
+        items: dict[str, Any] = {"state": ocp.args.StandardSave(_saved(state))}
+        if kept:
+            facts["kept"] = [{name: [str(x.dtype), x.shape] for name, x in batch.items()} for batch in kept]
+            items["kept"] = ocp.args.StandardSave(list(kept))
+        items["facts"] = ocp.args.JsonSave(facts)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -110,6 +124,15 @@ class Checkpoints:
                 )
             return None
         return self._restored(state, self._step(str(asked), steps))
+
+    def kept(self, state: TrainState, facts: dict[str, Any]) -> list[Batch]:
+        """The batches that were kept with a state that was restored, on every device; `facts` are taken from."""
+        layout = state.step.sharding
+        shapes = [
+            {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (dtype, shape) in batch.items()}
+            for batch in facts.pop("kept", [])
+        ]
+        return self._read(int(state.step), "kept", ocp.args.StandardRestore(shapes)) if shapes else []
 
     def best(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         """The state that was best in evaluation, and its metrics; `state` gives shapes and layout."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -78,6 +78,10 @@ class Source(Protocol):
     def ahead(self) -> bool: ...
 
     def __call__(self, state: TrainState, /) -> Fed: ...
+
+    def kept(self) -> Sequence[Batch]:
+        """What a checkpoint must keep of the batches of the steps to come; none where they can be made again."""
+        ...
 
 
 class Pending(NamedTuple):
@@ -199,7 +203,7 @@ def fit(
     annotate: Callable[[TrainState, Batch], Batch],
     step: Callable[[TrainState, Batch], tuple[TrainState, StepReport]],
     evaluate: Callable[[TrainState], dict[str, float]] | None,
-    save: Callable[[TrainState, int, dict[str, Any], dict[str, float]], None],
+    save: Callable[[TrainState, int, dict[str, Any], dict[str, float], Sequence[Batch]], None],
     schedule: Schedule,
     log: Log,
     num_tokens: int = 0,
@@ -212,7 +216,7 @@ def fit(
         annotate: adds the columns that need no gradient.
         step: the compiled train step.
         evaluate: held-out metrics of a state.
-        save: starts a checkpoint of (state, step, facts, metrics of its evaluation).
+        save: starts a checkpoint of (state, step, facts, metrics of its evaluation, what the source keeps).
         schedule: which steps log, evaluate and save.
         log: receives metrics.
         num_tokens: real tokens trained on before, for a resumed run.
@@ -248,6 +252,6 @@ def fit(
             metrics = evaluate(state)
             log.log(done, {"epoch": done / schedule.steps_per_epoch, **metrics})
         if schedule.saves(done):
-            save(state, done, {"num_tokens": meter.num_tokens}, metrics)
+            save(state, done, {"num_tokens": meter.num_tokens}, metrics, source.kept())
         meter.pause(time.perf_counter() - paused)
     return state

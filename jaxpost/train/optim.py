@@ -81,6 +81,10 @@ class OptimConfig:
         one_of("lr_scheduler_type", self.lr_scheduler_type, tuple(SCHEDULES))
         schedule_kwargs(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate)
 
+    def rates(self) -> dict[str, float]:
+        """Peak learning rates of parts of the model that have their own, by the first name of their paths."""
+        return {}
+
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """The learning rate of update number `count` (from 0), equal to transformers.get_scheduler's.
@@ -122,6 +126,8 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, decay_mask: An
     ]
     if config.loraplus_lr_ratio is not None:
         parts.append(_scale_lora_b(config.loraplus_lr_ratio))
+    for name, rate in config.rates().items():
+        parts.append(_scale_part(name, rate / config.learning_rate))
     optimizer = optax.chain(*parts)
 
     def init(params: Any) -> Any:
@@ -204,6 +210,15 @@ def _scale_lora_b(ratio: float) -> optax.GradientTransformation:
 
     def scale(path: Any, update: Array) -> Array:
         return update * ratio if _is_lora_b(path) else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def _scale_part(name: str, ratio: float) -> optax.GradientTransformation:
+    """Another learning rate for what has this first name."""
+
+    def scale(path: Any, update: Array) -> Array:
+        return update * ratio if path_of(path).startswith(f"{name}.") else update
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 

@@ -54,8 +54,10 @@ class Reference(NamedTuple):
     arrays: Any = None
 
 
-def follow(config: ReferenceConfig) -> Callable[[TrainState], Any]:
+def follow(config: ReferenceConfig, followed: Callable[[Any], Any]) -> Callable[[TrainState], Any]:
     """What the arrays of a reference that follows are after a step that has led to a state.
+
+    `followed` gives, of the parameters, those that it is a copy of.
 
     Gorbatovski et al., 2024, "Learn Your Reference Model for Real Good Alignment", arXiv:2404.09656, equation 5.
     """
@@ -68,6 +70,6 @@ def follow(config: ReferenceConfig) -> Callable[[TrainState], Any]:
             mixed = share * policy.astype(jnp.float32) + (1 - share) * reference.astype(jnp.float32)
             return jnp.where(due, mixed.astype(reference.dtype), reference)
 
-        return jax.tree.map(mix, state.params, state.reference)
+        return jax.tree.map(mix, followed(state.params), state.reference)
 
     return sync

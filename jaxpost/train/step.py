@@ -74,6 +74,7 @@ def make_step(
         grads, norm = clip_by_global_norm(grads, max_grad_norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss_of(metrics).total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = objective.taken(updates, batch, state.step)
 
         def keep(new: Array, old: Array) -> Array:
             return jnp.where(finite, new, old)
@@ -163,9 +164,8 @@ def make_annotate(
     def annotate(params: Any, frozen: Any, arrays: Any, memory: dict[str, Array], batch: Batch) -> Batch:
         policy = merge(graphdef, params, frozen)
         compared = None if reference is None else InParts(reference.build(policy, arrays), num_parts)
-        remembered = {name: jnp.full(len(batch["tokens"]), value) for name, value in memory.items()}
-        annotated = objective.annotate(InParts(policy, num_parts), compared, batch | remembered)
-        return annotated if learns else annotated | remembered
+        annotated = objective.annotate(InParts(policy, num_parts), compared, remembered(batch, memory))
+        return annotated if learns else remembered(annotated, memory)
 
     compiled, fixed = jax.jit(annotate), None if reference is None else reference.arrays
 
@@ -174,6 +174,11 @@ def make_annotate(
         return compiled(state.params, state.frozen, arrays, state.memory, batch)
 
     return annotated
+
+
+def remembered(batch: Batch, memory: dict[str, Array]) -> Batch:
+    """The batch with what the objective remembers, a column [B] each."""
+    return batch | {name: jnp.full(len(batch["tokens"]), value) for name, value in memory.items()}
 
 
 class InParts:
@@ -188,6 +193,12 @@ class InParts:
         parts = split_batch({"tokens": tokens, "positions": positions, "segments": segments}, self.num_parts)
         h, balance = lax.map(lambda part: self.model.hidden(**part), parts)
         return h.swapaxes(0, 1).reshape(*tokens.shape, -1), jnp.mean(balance)
+
+    def values(self, h: Array, tokens: Array, positions: Array, segments: Array) -> tuple[Array, Array]:
+        """As the model's, of one that has a critic."""
+        parts = split_batch({"h": h, "tokens": tokens, "positions": positions, "segments": segments}, self.num_parts)
+        values, balance = lax.map(lambda part: self.model.values(**part), parts)
+        return values.swapaxes(0, 1).reshape(tokens.shape), jnp.mean(balance)
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:

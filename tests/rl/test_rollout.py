@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 
 from jaxpost.errors import ConfigError
-from jaxpost.rl.rollout import Plan, RolloutConfig, deal, plan
+from jaxpost.rl.plan import Plan, RolloutConfig, plan
+from jaxpost.rl.rollout import deal
 
 
 @pytest.mark.parametrize(
     ("flags", "row_size", "groups", "accumulation", "expected"),
     [
-        ({}, 8, 1, 1, Plan(1, 8, 8, 1, 1, 1)),
-        ({}, 16, 4, 2, Plan(16, 8, 16, 8, 1, 1)),
-        ({"num_iterations": 3, "steps_per_generation": 4}, 4, 1, 2, Plan(2, 8, 4, 2, 2, 3)),
-        ({"generation_batch_size": 64, "num_generations": 4}, 8, 2, 1, Plan(16, 4, 8, 2, 4, 1)),
+        ({}, 8, 1, 1, Plan(1, 8, 8, 1, 1, 1, 1)),
+        ({}, 16, 4, 2, Plan(16, 8, 16, 8, 1, 1, 2)),
+        ({"num_iterations": 3, "steps_per_generation": 4}, 4, 1, 2, Plan(2, 8, 4, 2, 2, 3, 2)),
+        ({"generation_batch_size": 64, "num_generations": 4}, 8, 2, 1, Plan(16, 4, 8, 2, 4, 1, 1)),
     ],
 )
 def test_the_numbers_of_a_run(flags, row_size, groups, accumulation, expected):
@@ -42,7 +43,7 @@ def test_numbers_that_do_not_divide_are_named(flags, message):
 def test_rows_have_as_many_completions_and_about_as_many_tokens(row_size, num_generations):
     count = 96
     lengths = np.random.default_rng(0).integers(5, 200, count)
-    rows = deal(lengths.tolist(), Plan(count // num_generations, num_generations, row_size, count // row_size, 1, 1))
+    rows = deal(lengths.tolist(), Plan(count // num_generations, num_generations, row_size, count // row_size, 1, 1, 1))
     assert sorted(i for row in rows for i in row) == list(range(count))
     assert {len(row) for row in rows} == {row_size}
     totals = [lengths[row].sum() for row in rows]

@@ -31,6 +31,9 @@ class Source:
     def __call__(self, state):
         return Read(self.make(state), {"made": Mean(1.0, 1.0)}, {"generation": 0.25})
 
+    def kept(self):
+        return []
+
 
 def run(totals, counts=None, *, finite=None, start=0, evaluate=None, source=None, annotate=None, **schedule):
     """Fit with step k giving Mean(totals[k], counts[k])."""
@@ -55,7 +58,7 @@ def run(totals, counts=None, *, finite=None, start=0, evaluate=None, source=None
         annotate=annotate or (lambda state, batch: batch),
         step=step,
         evaluate=evaluate,
-        save=lambda state, number, facts, metrics: log.events.append(("save", number, facts["num_tokens"])),
+        save=lambda state, number, facts, metrics, kept: log.events.append(("save", number, facts["num_tokens"])),
         schedule=Schedule(**options),
         log=log,
         num_tokens=100,

@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.parity.older_trl import install
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -14,3 +16,9 @@ def pytest_collection_modifyitems(items):
 def few_threads():
     torch = pytest.importorskip("torch")
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def older_trl(tmp_path_factory):
+    """A folder with the TRL of `tests.parity.older_trl`."""
+    return install(tmp_path_factory.mktemp("trl"))

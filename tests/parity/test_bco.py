@@ -1,10 +1,6 @@
 """The first steps of BCO against TRL 1.10, the last that has it; it is installed beside the newer one for this test."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +8,10 @@ import numpy as np
 import pytest
 
 from jaxpost.objectives.bco_losses import bco_loss
+from tests.parity.older_trl import run
 from tests.parity.test_preference_step import JUDGED, our_log, write_model
 
 pytestmark = pytest.mark.parity
-TRL = "trl==1.10.0"
 STEPS = 3
 
 STEPPING = """
@@ -56,26 +52,6 @@ losses = BCOTrainer.bco_loss(trainer, *sides, None, None)[0]
 losses.mean().backward()
 print(json.dumps([losses.mean().item(), leaf.grad.tolist()]))
 """
-
-
-@pytest.fixture(scope="module")
-def older_trl(tmp_path_factory):
-    """A folder with the older TRL alone; its dependencies are those that are installed."""
-    folder = tmp_path_factory.mktemp("trl")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--target", str(folder), TRL], check=True)
-    return folder
-
-
-def run(script, trl, *words):
-    """The last line that a script prints, where TRL is the older one."""
-    path = os.pathsep.join(map(str, [trl, Path(__file__).parents[2]]))
-    environment = {**os.environ, "PYTHONPATH": path, "TRL_EXPERIMENTAL_SILENCE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, words)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_first_steps_equal_trl(older_trl, tmp_path):

@@ -58,6 +58,8 @@ def load_value_model(
     source, name = None, given
     if given is not None:
         source = open_source(given)
+        if not source.has_trained_head("reward"):
+            raise ConfigError(f"value_model_path: {given} has no trained reward head; leave it out for a new one")
         if not reads_alike(source, tokenizer):
             raise ConfigError(
                 f"value_model_path: {given} has another vocabulary than the policy; a value model reads its tokens"

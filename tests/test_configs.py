@@ -10,7 +10,8 @@ from jaxpost.data import sums, word_problem_pairs, word_problems
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
-WRITERS = {"sft": word_problems.write, "grpo": sums.write}
+WRITERS = {"sft": word_problems.write, "grpo": sums.write, "ppo": sums.write}
+SMALL = {"grpo": "--num_generations 4", "ppo": "--num_mini_batches 1"}  # others by the length of their rows
 
 
 def method_of(path):
@@ -23,7 +24,7 @@ def test_config_runs_one_step(path, tiny_folder, tmp_path):
     write(tmp_path / "data", num_rows=40, seed=0)
     given = f"--model_name_or_path {tiny_folder} --dataset_name {tmp_path / 'data'} --output_dir {tmp_path / 'out'}"
     small = "--max_steps 1 --per_device_eval_batch_size 1 "
-    small += "--num_generations 4" if method_of(path) == "grpo" else "--max_length 512"
+    small += SMALL.get(method_of(path), "--max_length 512")
     small += " --per_device_train_batch_size 1"
     assert main([method_of(path), "--config", str(path), *given.split(), *small.split(), "--report_to", "none"]) == 0
     weights = "adapter_model.safetensors" if "use_peft: true" in path.read_text() else "model.safetensors"

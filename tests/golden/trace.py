@@ -7,6 +7,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxpost.models.actor_critic import beside, trainable_of
 from jaxpost.models.config import Compute
 from jaxpost.models.hf import place
 from jaxpost.objectives.bco import BCO
@@ -16,13 +17,14 @@ from jaxpost.objectives.grpo import GRPO
 from jaxpost.objectives.kto import KTO
 from jaxpost.objectives.online import OnlineBase
 from jaxpost.objectives.orpo import ORPO
+from jaxpost.objectives.ppo import PPO
 from jaxpost.objectives.reward import Reward
 from jaxpost.objectives.rloo import RLOO
 from jaxpost.objectives.sft import SFT
 from jaxpost.sharding import make_mesh, put
 from jaxpost.train.reference import Reference
 from jaxpost.train.state import create_state, merge
-from jaxpost.train.step import make_annotate, make_step
+from jaxpost.train.step import make_annotate, make_step, remembered
 from tests.conftest import make_batch, make_model
 
 OBJECTIVES = {
@@ -37,6 +39,7 @@ OBJECTIVES = {
     "grpo": GRPO(beta=0.1, use_adaptive_entropy=True, entropy_target=6.0, top_entropy_quantile=0.8),
     "gspo": GRPO(loss_type="grpo", importance_sampling_level="sequence", scale_rewards="batch"),
     "rloo": RLOO(),
+    "ppo": PPO(adap_kl_ctrl=True, horizon=100.0, whiten_rewards=True, max_kl=0.05, entropy_coef=0.01),
     "reward": Reward(center_rewards_coefficient=0.1),
 }
 
@@ -50,6 +53,12 @@ def filled(seed, head="lm"):
         jax.tree.map(lambda leaf: rng.normal(float(leaf.ndim == 1), 0.1, leaf.shape).astype(np.float32), weights),
     )
     return model
+
+
+def model_for(name, mesh):
+    """What is trained: with a value model where the objective needs one."""
+    model = place(filled(0, "reward" if name == "reward" else "lm"), Compute(), mesh)
+    return beside(model, place(filled(2, "reward"), Compute(), mesh)) if name == "ppo" else model
 
 
 def make_examples(seed):
@@ -93,8 +102,8 @@ def trace(name: str) -> dict[str, list[float]]:
     optimizer = optax.adamw(schedule, weight_decay=0.01)
     losses, norms = [], []
     with jax.set_mesh(mesh):
-        model = place(filled(0, "reward" if name == "reward" else "lm"), Compute(), mesh)
-        graphdef, state = create_state(model, optimizer, nnx.Param, mesh, OBJECTIVES[name].remembers)
+        model = model_for(name, mesh)
+        graphdef, state = create_state(model, optimizer, trainable_of(model), mesh, OBJECTIVES[name].remembers)
         other, arrays = nnx.split(place(filled(1), Compute(), mesh))
         reference = Reference(lambda _, own: nnx.merge(other, own), arrays)
         annotate = make_annotate(OBJECTIVES[name], graphdef, reference, num_parts=2)
@@ -104,7 +113,8 @@ def trace(name: str) -> dict[str, list[float]]:
             if isinstance(OBJECTIVES[name], OnlineBase):
                 appraise = partial(OBJECTIVES[name].appraise, reused=True)
                 models = merge(graphdef, state.params, state.frozen), reference.build(None, arrays)
-                batch = jax.tree.map(np.asarray, appraise(*models, put(sampled(batch, seed), mesh)))
+                rows = remembered(put(sampled(batch, seed), mesh), state.memory)
+                batch = jax.tree.map(np.asarray, appraise(*models, rows))
             state, report = step(state, annotate(state, put(batch, mesh)))
             losses.append(float(report.metrics["loss"].value()))
             norms.append(float(report.latest["grad_norm"]))

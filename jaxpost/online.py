@@ -180,6 +180,7 @@ class Online:
             record=record,
             seed=args.seed,
             branches=base.config.reads_branches,
+            needs_equal_rewards=run.objective.needs_equal_rewards,
             start=run.start,
             kept=jax.device_put(run.kept, rows_sharding(self.mesh)),
         )

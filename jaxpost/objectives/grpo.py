@@ -100,6 +100,12 @@ class GRPO(ClippedBase):
         """Whether the loss has an entropy term."""
         return self.entropy_coef != 0 or self.use_adaptive_entropy
 
+    @property
+    def needs_equal_rewards(self) -> bool:
+        """Their advantages are 0, and nothing but the advantages gives a gradient unless one of these is used."""
+        others = self.needs_reference or self.rewards_entropy or self.router_aux_loss_coef
+        return bool(others) or self.top_entropy_quantile < 1 or self.multi_objective_aggregation != "sum_then_normalize"
+
     def appraise(self, policy: Model, reference: Model | None, batch: Batch, *, reused: bool) -> Batch:
         batch, shape = self.trained(batch), batch["groups"].shape
         advantages = group_advantages(
@@ -221,7 +227,7 @@ class GRPO(ClippedBase):
     def _reduced(self, losses: Float[Array, "B T"], mask: Bool[Array, "B T"], batch: Batch) -> Mean:
         """The mean that the loss type takes."""
         if self.loss_type in PER_TOKEN:
-            return masked_mean(losses, mask)
+            return Mean(jnp.sum(jnp.where(mask, losses, 0.0)), jnp.sum(batch["num_trained"]))
         if self.loss_type in ("grpo", "sapo"):
             return masked_mean(mean_per_example(losses, mask, batch), exists(batch))
         sums = masked_mean(per_example(jnp.where(mask, losses, 0.0), batch), exists(batch))

@@ -1,8 +1,9 @@
 """What the methods share that learn from completions of the policy itself.
 
 A batch tells of every completion: `rewards` [B, S, F], NaN where a function has nothing to say; `groups` [B, S], the
-number of its prompt; `ended` [B, S], 0 where it was cut; `sampled_logps` [B, T], what the sampler said of its tokens,
-at the position that predicts each.
+number of its prompt; `ended` [B, S], 0 where it was cut; `num_trained` [B, S], how many of its tokens are trained on;
+`sampled_logps` [B, T], what the sampler said of its tokens, at the position that predicts each. The tokens themselves
+are not there where the objective says that they add nothing.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class OnlineObjective(Objective, Protocol):
         """
         ...
 
+    @property
+    def needs_equal_rewards(self) -> bool:
+        """Whether completions add to the gradient where all of a prompt are rewarded alike."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineBase(ObjectiveBase):
@@ -47,6 +53,11 @@ class OnlineBase(ObjectiveBase):
         if self.max_completion_length < 1:
             raise ConfigError(f"max_completion_length is {self.max_completion_length}; it must be at least 1")
 
+    @property
+    def needs_equal_rewards(self) -> bool:
+        """See OnlineObjective; True unless a method knows better."""
+        return True
+
     def weights(self, batch: Batch) -> Float[Array, "F"]:
         """Of the reward functions."""
         count = batch["rewards"].shape[-1]
@@ -60,7 +71,8 @@ class OnlineBase(ObjectiveBase):
         """The batch, where nothing of completions that were cut is trained on if the config says so."""
         if not self.mask_truncated_completions:
             return batch
-        return {**batch, "loss_mask": batch["loss_mask"] * per_token(batch["ended"], batch)}
+        kept = {"num_trained": batch["num_trained"] * batch["ended"]}
+        return {**batch, **kept, "loss_mask": batch["loss_mask"] * per_token(batch["ended"], batch)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,12 @@ class RLOO(ClippedBase):
     def needs_reference(self) -> bool:
         return self.beta != 0
 
+    @property
+    def needs_equal_rewards(self) -> bool:
+        """Their advantages are 0 where they are compared with each other alone."""
+        compared = self.baseline == "leave_one_out" and not self.normalize_advantages
+        return self.needs_reference or bool(self.router_aux_loss_coef) or not compared
+
     def appraise(self, policy: Model, reference: Model | None, batch: Batch, *, reused: bool) -> Batch:
         batch, shape = self.trained(batch), batch["groups"].shape
         weighted = weighted_rewards(batch["rewards"].reshape(-1, batch["rewards"].shape[-1]), self.weights(batch))

@@ -11,12 +11,13 @@ from jaxpost.data.examples import Example
 from jaxpost.data.loader import collate, shuffled
 from jaxpost.data.prompts import Prompts
 from jaxpost.metrics import Greatest, Least, Metric
-from jaxpost.rl.generate import Completion
+from jaxpost.rl.generate import Completion, bucket
 from jaxpost.rl.plan import GenerationConfig, Plan
 from jaxpost.rl.report import Scores, completion_metrics, reward_metrics
 from jaxpost.rl.rewards import Rewards, Scored
 
-LEAST_STEP = 64  # tokens by which row lengths differ at least
+LEAST_LENGTH = 64  # tokens of a row
+NOTHING = Example(np.zeros(0, np.int32), np.zeros(0, bool))  # of a completion that is not read
 
 
 class Rollout(NamedTuple):
@@ -64,6 +65,8 @@ class Rollouts:
         record: (step, completions) -> None: keeps them for the user.
         seed: of the order of the prompts.
         branches: the model reads a prompt once for several completions.
+        needs_equal_rewards: completions are learned from where all of a prompt are rewarded alike; if not, their tokens
+            are left out.
         start: the first step.
         kept: what `kept` gave after the step before; empty where a generation begins.
 
@@ -87,6 +90,7 @@ class Rollouts:
         record: Callable[[int, "Answers", np.ndarray], None],
         seed: int,
         branches: bool,
+        needs_equal_rewards: bool = True,
         start: int = 0,
         kept: Sequence[Any] = (),
     ):
@@ -94,6 +98,7 @@ class Rollouts:
         self._complete, self._read, self._rewards = complete, read, rewards
         self._appraise, self._record, self._weights = appraise, record, weights
         self._seed, self._branches, self._next = seed, branches, start
+        self._needs_equal_rewards = needs_equal_rewards
         self._order = functools.lru_cache(maxsize=2)(functools.partial(shuffled, len(prompts.tokens), seed))
         self._batches: list[Any] = list(kept)
 
@@ -126,8 +131,11 @@ class Rollouts:
             answers, more = self._resampled(state, answers, generation, first)
             times = {name: seconds + more.get(name, 0.0) for name, seconds in times.items()}
         began = time.perf_counter()
-        rows = deal([len(completion.tokens) for completion in answers.completions], self.plan)
-        batches, advantages = self._appraise(state, self._rows(answers, rows))
+        dull = [] if self._needs_equal_rewards else self._dull(answers)
+        lengths = [len(completion.tokens) for completion in answers.completions]
+        read = [i // self.plan.num_generations not in dull for i in range(len(lengths))]
+        rows = deal([length * is_read for length, is_read in zip(lengths, read, strict=True)], self.plan)
+        batches, advantages = self._appraise(state, self._rows(answers, rows, read))
         ordered = np.zeros(len(answers.completions), np.float32)
         for row, members in enumerate(rows):
             ordered[members] = advantages[row, : len(members)]
@@ -213,26 +221,31 @@ class Rollouts:
             scored,
         )
 
-    def _rows(self, answers: Answers, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        """The rows of a generation: [B, T] of tokens and [B, S] of completions."""
-        examples = [[self._example(answers, members, i) for i in range(len(members))] for members in rows]
+    def _rows(self, answers: Answers, rows: Sequence[Sequence[int]], read: Sequence[bool]) -> dict[str, np.ndarray]:
+        """The rows of a generation: [B, T] of the tokens that are `read`, and [B, S] of all completions."""
+        examples = [
+            [self._example(answers, members, i) if read[number] else NOTHING for i, number in enumerate(members)]
+            for members in rows
+        ]
         longest = max(sum(len(example.tokens) for example in row) for row in examples)
-        batch = collate(examples, self._length(longest), pad_id=0)
+        batch = collate(examples, max(LEAST_LENGTH, bucket(longest)), pad_id=0)
         size = self.plan.num_generations
         members = np.array(rows)
         sampled = np.zeros(batch["tokens"].shape, np.float32)
         for row, (numbers, parts) in enumerate(zip(rows, examples, strict=True)):
             ends = np.cumsum([len(part.tokens) for part in parts])
             for end, number in zip(ends, numbers, strict=True):
-                logps = answers.completions[number].logps
+                logps = answers.completions[number].logps if read[number] else []
                 sampled[row, end - len(logps) - 1 : end - 1] = logps
         ended = np.array([completion.ended for completion in answers.completions], np.float32)
+        lengths = np.array([len(completion.tokens) for completion in answers.completions], np.float32)
         return {
             **batch,
             "examples": np.ones(members.shape, np.float32),
             "groups": (members // size).astype(np.int32),
             "rewards": answers.scored.rewards[members],
             "ended": ended[members],
+            "num_trained": lengths[members],
             "sampled_logps": sampled,
         }
 
@@ -244,12 +257,6 @@ class Rollouts:
         start = len(prompt) - 1 if self._branches and follows else 0
         tokens = np.concatenate([prompt[start:], completion]).astype(np.int32)
         return Example(tokens, np.arange(len(tokens)) >= len(prompt) - start, 0.0, start)
-
-    @staticmethod
-    def _length(longest: int) -> int:
-        """The row length for a batch: one of few, at most a sixteenth longer."""
-        step = max(LEAST_STEP, 1 << max(0, longest.bit_length() - 5))
-        return longest + -longest % step
 
 
 def deal(lengths: Sequence[int], plan: Plan) -> list[list[int]]:

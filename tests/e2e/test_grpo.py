@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from jaxpost import GRPOConfig, GRPOTrainer, from_pretrained
 from jaxpost.cli import main
+from jaxpost.methods import METHODS
 from tests.conftest import make_tokenizer
 from tests.e2e.test_lora import assert_same
 
@@ -16,6 +17,11 @@ REWARD = '''
 def early(completion_ids, **kwargs):
     """Small ids are good; completions differ in length, some have nothing to be said of."""
     return [None if ids[0] % 11 == 0 else sum(i < 150 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def half(completion_ids, answer, **kwargs):
+    """All completions of every other prompt are equally good."""
+    return [0.5 if int(a) % 2 else min(ids) / 300 for ids, a in zip(completion_ids, answer)]
 '''
 PROMPTS = [{"prompt": "what is " + "x" * (1 + n % 5) + str(n), "answer": str(n)} for n in range(20)]
 
@@ -98,6 +104,27 @@ def test_resumed_equals_uninterrupted_bit_for_bit(grpo, tiny_folder, home, tmp_p
     assert run("grpo", tiny_folder, home, tmp_path / "parts", "--max_steps 2") == 0
     assert run("grpo", tiny_folder, home, tmp_path / "parts", "--resume_from_checkpoint true") == 0
     assert_same(weights(tmp_path / "parts"), weights(grpo))
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("grpo", "--loss_type dapo --per_device_train_batch_size 8"),
+        ("grpo", "--loss_type grpo --scale_rewards batch"),
+        ("rloo", "--beta 0"),
+    ],
+)
+def test_completions_that_are_rewarded_alike_are_not_read_and_change_nothing(
+    tiny_folder, home, tmp_path, monkeypatch, method, flags
+):
+    flags += f" --reward_funcs {home}/rewards.py:half --save_strategy no --max_steps 2"
+    assert run(method, tiny_folder, home, tmp_path / "ours", flags) == 0
+    monkeypatch.setattr(METHODS[method].objective, "needs_equal_rewards", True)
+    assert run(method, tiny_folder, home, tmp_path / "all", flags) == 0
+    for ours, theirs in zip(logged(tmp_path / "ours"), logged(tmp_path / "all"), strict=True):
+        assert ours["num_tokens"] < 0.8 * theirs["num_tokens"]
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], atol=1e-6)
+        np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,13 @@ def sampled(batch, seed):
         "groups": np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape) // 4,
         "rewards": rng.normal(size=(*shape, 2)).astype(np.float32),
         "ended": np.ones(shape, np.float32),
+        "num_trained": np.stack(
+            [
+                np.sum(batch["loss_mask"] * (batch["positions"] > 0) * (batch["segments"] == i + 1), axis=1)
+                for i in range(shape[1])
+            ],
+            axis=1,
+        ),
     }
 
 

@@ -93,7 +93,7 @@ def rows(layout, width=56, seed=0, tail=0):
     batch |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", "sampled_logps")}
     batch["tokens"] += np.int32(tail)
     slots = (len(layout), max(map(len, layout)))
-    batch |= {name: np.zeros(slots, np.float32) for name in ("examples", "ended")}
+    batch |= {name: np.zeros(slots, np.float32) for name in ("examples", "ended", "num_trained")}
     batch |= {"groups": np.zeros(slots, np.int32), "rewards": np.full((*slots, 2), np.nan, np.float32)}
     for row, members in enumerate(layout):
         at = 0
@@ -104,7 +104,7 @@ def rows(layout, width=56, seed=0, tail=0):
             batch["loss_mask"][row, inner] = np.arange(len(texts[number])) >= PROMPT
             batch["sampled_logps"][row, inner] = said[number]
             batch["examples"][row, slot], batch["groups"][row, slot] = 1, number
-            batch["ended"][row, slot] = LENGTHS[number] < 6
+            batch["ended"][row, slot], batch["num_trained"][row, slot] = LENGTHS[number] < 6, LENGTHS[number]
             batch["rewards"][row, slot] = [0.3 * number - 0.2, np.nan]
             at += len(texts[number])
     return batch

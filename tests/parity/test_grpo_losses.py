@@ -154,6 +154,7 @@ def our_batch(given):
         "segments": segments,
         "loss_mask": ((segments > 0) & (positions > 0)).astype(np.float32),
         "examples": np.ones((ROWS, PER_ROW)),
+        "num_trained": np.asarray(sizes, np.float64) - 1,
         "advantages": given["advantages"].reshape(ROWS, PER_ROW),
         "old_logps": columns["old"],
         "ref_logps": columns["ref"],

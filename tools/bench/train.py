@@ -9,11 +9,15 @@ the medians and their ratio, and writes everything to --output as JSON. With --l
 on every linear layer (TRL through peft), and jaxpost's full fine-tuning is a third run. Needs the parity extra.
 
 With --method grpo rows are prompts with an `answer`, --batch_size counts the completions of a step, 8 of a prompt, and
-the reward is 1 where the last number is the answer. Each library learns from what it samples itself: how many tokens
-that was is printed too.
+the reward is 1 where the last number is the answer. Each library learns from what it samples itself: tokens/s counts
+tokens of completions, and their mean length and the seconds of each part of a step are printed too.
+
+    python -m jaxpost.data.word_problems --output_dir problems
+    python tools/bench/train.py --method grpo --model MODEL --dataset problems/train.jsonl --batch_size 64
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -24,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 WARM = 2  # steps that are not counted: compilation, allocator
+GROUP = 8  # completions of a prompt
+PARTS = ("generation", "reward", "appraise")  # of a step of an online method; the rest is training
 
 
 def shared(args: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -32,19 +38,29 @@ def shared(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "output_dir": folder,
         "max_steps": args.steps,
         "logging_steps": 1,
-        "per_device_train_batch_size": args.batch_size,
+        "per_device_train_batch_size": args.batch_size // args.accumulation,
+        "gradient_accumulation_steps": args.accumulation,
+        "gradient_checkpointing": args.gradient_checkpointing,
         "save_strategy": "no",
     }
     if args.method != "grpo":
         return told | {"train_sampling_strategy": "sequential"}
-    return told | {"shuffle_dataset": False, "max_completion_length": args.max_completion_length}
+    sampling = {"num_generations": GROUP, "max_completion_length": args.max_completion_length, "temperature": 1.0}
+    return told | sampling | {"beta": 0.0, "shuffle_dataset": False}
+
+
+def num_rows(args: argparse.Namespace) -> int:
+    """Of the dataset, that are trained on."""
+    return args.steps * args.batch_size // (GROUP if args.method == "grpo" else 1)
 
 
 def rewards(args: argparse.Namespace) -> dict[str, Any]:
     """The reward function of methods that take one."""
+    if args.method != "grpo":
+        return {}
     from jaxpost.rl.builtin_rewards import numeric_answer
 
-    return {"reward_funcs": numeric_answer} if args.method == "grpo" else {}
+    return {"reward_funcs": numeric_answer}
 
 
 def adapter(rank: int) -> Any:
@@ -62,13 +78,12 @@ def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
     from jaxpost.data.rows import take
     from jaxpost.data.sources import load_rows
 
-    rows = take(load_rows(args.dataset, "train"), args.steps * args.batch_size)
+    rows = take(load_rows(args.dataset, "train"), num_rows(args))
     with tempfile.TemporaryDirectory() as folder:
         config_class, trainer_class = classes(jaxpost, args.method)
         config = config_class(
             **shared(args, folder),
             **({} if args.method == "grpo" else {"length_buckets": args.length_buckets}),
-            gradient_checkpointing=args.gradient_checkpointing,
             report_to=["none"],
         )
         peft_config = adapter(args.lora) if args.lora else None
@@ -76,13 +91,13 @@ def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
         trained = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(trainer.model, trainer.trainable)))
         trainer.train()
         log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    seconds = sum(row["step_time"] for row in log[WARM:])
-    if args.method == "grpo":
-        phases = ("generation", "reward", "appraise", "host", "input")
-        print({name: statistics.mean(row[f"{name}_time"] for row in log[WARM:]) for name in phases}, file=sys.stderr)
     # float32: as many bytes of gradients as of parameters, and twice as many of AdamW's moments
-    tokens = log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"]
-    return rate(args, seconds, tokens) | {"trained_megabytes": 4 * trained / 1e6}
+    found = {"trained_megabytes": 4 * trained / 1e6}
+    steps = [row["step_time"] for row in log[WARM:]]
+    if args.method == "grpo":
+        parts = {name: statistics.mean(row[f"{name}_time"] for row in log[WARM:]) for name in PARTS}
+        return found | sampled(args, steps, [row["completions/mean_length"] for row in log[WARM:]], parts)
+    return found | rate(args, steps, log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"])
 
 
 def run_trl(args: argparse.Namespace) -> dict[str, float]:
@@ -90,16 +105,26 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
     import trl
     from datasets import load_dataset
     from transformers import TrainerCallback
+    from trl.extras.profiling import ProfilingContext
 
-    ends: list[tuple[float, float]] = []
+    ends: list[float] = []
+    log: list[dict[str, float]] = []
+    spent: list[dict[str, float]] = [{}]
 
     class Timer(TrainerCallback):
         def on_log(self, arguments: object, state: object, control: object, logs: dict, **_: object) -> None:
             if "num_tokens" in logs:
-                ends.append((time.perf_counter(), logs["num_tokens"]))
+                ends.append(time.perf_counter())
+                log.append(dict(logs))
+                spent.append({})
+
+    def note(part: Any, seconds: float) -> None:
+        name = part.name.split(".")[-1]
+        spent[-1][name] = spent[-1].get(name, 0.0) + seconds
 
     torch.set_num_threads(args.threads)
-    rows = load_dataset("json", data_files=args.dataset, split="train").select(range(args.steps * args.batch_size))
+    rows = load_dataset("json", data_files=args.dataset, split="train").select(range(num_rows(args)))
+    ProfilingContext._log_metrics = note
     with tempfile.TemporaryDirectory() as folder:
         config_class, trainer_class = classes(trl, args.method)
         config = config_class(
@@ -112,8 +137,13 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
         peft_config = adapter(args.lora) if args.lora else None
         data = {"train_dataset": rows, "peft_config": peft_config} | rewards(args)
         trainer_class(args.model, args=config, callbacks=[Timer()], **data).train()
-    (begin, before), (end, after) = ends[WARM - 1], ends[-1]
-    return rate(args, end - begin, after - before)
+    steps = [end - begin for begin, end in itertools.pairwise(ends[WARM - 1 :])]
+    if args.method == "grpo":
+        names = ("generate", "_calculate_rewards", "_prepare_inputs")
+        generation, reward, prepared = (statistics.mean(step[name] for step in spent[WARM:-1]) for name in names)
+        parts = dict(zip(PARTS, (generation, reward, prepared - generation - reward), strict=True))
+        return sampled(args, steps, [row["completions/mean_length"] for row in log[WARM:]], parts)
+    return rate(args, steps, log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"])
 
 
 def classes(library: Any, method: str) -> tuple[Any, Any]:
@@ -122,14 +152,35 @@ def classes(library: Any, method: str) -> tuple[Any, Any]:
     return getattr(library, f"{name}Config"), getattr(library, f"{name}Trainer")
 
 
-def rate(args: argparse.Namespace, seconds: float, tokens: float) -> dict[str, float]:
-    rows = (args.steps - WARM) * args.batch_size
+def rate(args: argparse.Namespace, steps: list[float], tokens: float) -> dict[str, Any]:
+    """Speeds, of the seconds of each step that counts and of the tokens of all of them."""
+    seconds, rows = sum(steps), len(steps) * args.batch_size
     return {
         "seconds": seconds,
+        "step_seconds": steps,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "rows_per_second": rows / seconds,
     }
+
+
+def sampled(
+    args: argparse.Namespace, steps: list[float], lengths: list[float], parts: dict[str, float]
+) -> dict[str, Any]:
+    """The same of completions with these mean lengths; and where the time of a step goes."""
+    parts = parts | {"training": statistics.mean(steps) - sum(parts.values())}
+    lengths_and_parts = {"completion_length": statistics.mean(lengths), "parts": parts}
+    return rate(args, steps, sum(lengths) * args.batch_size) | lengths_and_parts
+
+
+def line(name: str, run: dict[str, Any]) -> str:
+    """What a run came to."""
+    said = f"{name:8} {run['tokens_per_second']:7.1f} tokens/s {run['rows_per_second']:7.3f} rows/s"
+    if "parts" not in run:
+        return said
+    parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in run["parts"].items())
+    step, length = statistics.mean(run["step_seconds"]), run["completion_length"]
+    return f"{said}; {step:.2f} s a step ({parts}), {length:.1f} tokens a completion"
 
 
 def as_folder(model: str, where: Path) -> str:
@@ -153,6 +204,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=1, help="parts that a batch is trained on in")
     parser.add_argument("--max_completion_length", type=int, default=64, help="of grpo")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--length_buckets", type=int, default=4)
@@ -162,6 +214,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["jaxpost", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--output", default="bench.json")
     args = parser.parse_args()
+    if args.steps <= WARM or args.batch_size % args.accumulation or (args.method == "grpo" and args.batch_size % GROUP):
+        parser.error(f"more than {WARM} steps; batch_size a multiple of accumulation and, with grpo, of {GROUP}")
     if args.only:
         print(json.dumps({"jaxpost": run_jaxpost, "trl": run_trl}[args.only](args)))
         return
@@ -174,12 +228,14 @@ def main() -> None:
                 command = [sys.executable, __file__, *sys.argv[1:], "--model", model, *library]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
-                speeds = runs[-1]["tokens_per_second"], runs[-1]["rows_per_second"]
-                print("{:8} {:7.1f} tokens/s {:7.3f} rows/s".format(name, *speeds), flush=True)
+                print(line(name, runs[-1]), flush=True)
     medians = {name: statistics.median(run["rows_per_second"] for run in runs) for name, runs in results.items()}
     print("median   " + ", ".join(f"{name} {median:.3f}" for name, median in medians.items()) + " rows/s")
     for name in [name for name in medians if name != "jaxpost"]:
         print(f"jaxpost is {medians['jaxpost'] / medians[name]:.2f}x {name}")
+        if args.method == "grpo":
+            ours, theirs = (statistics.median(r["tokens_per_second"] for r in results[k]) for k in ("jaxpost", name))
+            print(f"jaxpost is {ours / theirs:.2f}x {name} by tokens of completions")
     if args.lora:
         part, whole = (results[name][0]["trained_megabytes"] for name in ("jaxpost", "full"))
         print(f"trained, with gradients and moments: {part:.1f} MB of {whole:.1f} MB ({part / whole:.1%})")

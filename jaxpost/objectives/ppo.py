@@ -151,10 +151,11 @@ class PPO(OnlineBase):
         losses = clipped_loss(ratio, advantages, epsilon_low=self.cliprange, epsilon_high=self.cliprange)
         free, kept = value_losses(values, batch["old_values"], batch["returns"], clip=self.cliprange_value)
         policy_loss = masked_mean(losses, mask)
-        value_loss = masked_mean(0.5 * jnp.maximum(free, kept), states)
+        of_states = 0.5 * jnp.maximum(free, kept)
+        value_loss = masked_mean(of_states, states)
         total = jnp.sum(jnp.where(mask, learns * (losses - self.entropy_coef * said.entropy), 0.0))
         # A mean over states stands beside one over tokens, which are fewer.
-        total += self.vf_coef * value_loss.total * batch["state_share"][0]
+        total += self.vf_coef * jnp.sum(jnp.where(states, of_states * batch["state_share"][:, None], 0.0))
         loss, routing = self.with_balance(Mean(total, policy_loss.count), balance)
         is_clipped = (losses > -advantages * ratio).astype(jnp.float32)
         metrics: dict[str, Metric] = {
@@ -175,6 +176,8 @@ class PPO(OnlineBase):
 
     def taken(self, updates: Any, batch: Batch, step: Int[Array, ""]) -> Any:
         """Those of the policy not while the value model warms up, or the policy is held where it is."""
+        if self.max_kl is None and not self.value_warmup_steps:
+            return updates
         learns = jnp.where(step < self.value_warmup_steps, 0.0, batch["learns"][0])
 
         def take(path: Any, update: Array) -> Array:

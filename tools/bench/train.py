@@ -10,7 +10,8 @@ on every linear layer (TRL through peft), and jaxpost's full fine-tuning is a th
 
 With --method grpo rows are prompts with an `answer`, --batch_size counts the completions of a step, 8 of a prompt, and
 the reward is 1 where the last number is the answer. Each library learns from what it samples itself: tokens/s counts
-tokens of completions, and their mean length and the seconds of each part of a step are printed too.
+tokens of completions, and their mean length and the seconds of each part of a step are printed too; and how many
+prompts have completions that are all rewarded alike, which jaxpost does not read again to train on.
 
     python -m jaxpost.data.word_problems --output_dir problems
     python tools/bench/train.py --method grpo --model MODEL --dataset problems/train.jsonl --batch_size 64
@@ -96,7 +97,7 @@ def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
     steps = [row["step_time"] for row in log[WARM:]]
     if args.method == "grpo":
         parts = {name: statistics.mean(row[f"{name}_time"] for row in log[WARM:]) for name in PARTS}
-        return found | sampled(args, steps, [row["completions/mean_length"] for row in log[WARM:]], parts)
+        return found | sampled(args, steps, log[WARM:], parts)
     return found | rate(args, steps, log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"])
 
 
@@ -142,7 +143,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
         names = ("generate", "_calculate_rewards", "_prepare_inputs")
         generation, reward, prepared = (statistics.mean(step[name] for step in spent[WARM:-1]) for name in names)
         parts = dict(zip(PARTS, (generation, reward, prepared - generation - reward), strict=True))
-        return sampled(args, steps, [row["completions/mean_length"] for row in log[WARM:]], parts)
+        return sampled(args, steps, log[WARM:], parts)
     return rate(args, steps, log[-1]["num_tokens"] - log[WARM - 1]["num_tokens"])
 
 
@@ -165,12 +166,15 @@ def rate(args: argparse.Namespace, steps: list[float], tokens: float) -> dict[st
 
 
 def sampled(
-    args: argparse.Namespace, steps: list[float], lengths: list[float], parts: dict[str, float]
+    args: argparse.Namespace, steps: list[float], log: list[dict[str, float]], parts: dict[str, float]
 ) -> dict[str, Any]:
-    """The same of completions with these mean lengths; and where the time of a step goes."""
-    parts = parts | {"training": statistics.mean(steps) - sum(parts.values())}
-    lengths_and_parts = {"completion_length": statistics.mean(lengths), "parts": parts}
-    return rate(args, steps, sum(lengths) * args.batch_size) | lengths_and_parts
+    """The same of completions, by what is logged of each step; and where the time of a step goes."""
+    lengths = [row["completions/mean_length"] for row in log]
+    return rate(args, steps, sum(lengths) * args.batch_size) | {
+        "completion_length": statistics.mean(lengths),
+        "rewarded_alike": statistics.mean(row["frac_reward_zero_std"] for row in log),
+        "parts": parts | {"training": statistics.mean(steps) - sum(parts.values())},
+    }
 
 
 def line(name: str, run: dict[str, Any]) -> str:
@@ -179,8 +183,8 @@ def line(name: str, run: dict[str, Any]) -> str:
     if "parts" not in run:
         return said
     parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in run["parts"].items())
-    step, length = statistics.mean(run["step_seconds"]), run["completion_length"]
-    return f"{said}; {step:.2f} s a step ({parts}), {length:.1f} tokens a completion"
+    step, length, alike = statistics.mean(run["step_seconds"]), run["completion_length"], run["rewarded_alike"]
+    return f"{said}; {step:.2f} s a step ({parts}), {length:.1f} tokens a completion, {alike:.0%} rewarded alike"
 
 
 def as_folder(model: str, where: Path) -> str:

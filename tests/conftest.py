@@ -8,7 +8,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # Threads of XLA's pool. A device may wait in several collectives at once, each with a thread; with no more threads than
 # devices, one device then has none left, and all wait for ever.
-os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("NPROC", "16")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax

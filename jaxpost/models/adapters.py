@@ -169,7 +169,7 @@ def _kernels(model: Decoder, mesh: Mesh | None) -> dict[str, jax.Array]:
         kernels["head"] = placed(lambda table: {"kernel": table.T}, "head", mesh, model.embed.embedding[...])["kernel"]
     for target in targets_of(model.config, model.head_kind):
         if target.place in parts:
-            path = "head" if target.slot == "head_adapter" else target.path
+            path = _path_of(target)
             kernel = nnx.Param(kernels[path]) if path in kernels else vars(module_at(model, path))[_kernel_name(path)]
             kernels[path] = _merged(model, target, parts[target.place], kernel, mesh)
     return kernels
@@ -184,7 +184,7 @@ def _merged(model: Decoder, target: Target, part: Adapter, kernel: Any, mesh: Me
         part, kernel = nnx.merge(graphdef, stored)
         return part.merged(dense(kernel, jnp.float32)).astype(dtype)
 
-    path = "head" if target.slot == "head_adapter" else target.path
+    path = _path_of(target)
     name = _kernel_name(path)
     return placed(lambda stored: {name: by_layer(of_layer, target.is_stacked, stored)}, path, mesh, stored)[name]
 
@@ -202,6 +202,11 @@ def _with_kernels(model: Decoder, kernels: dict[str, jax.Array]) -> Decoder:
         setattr(module_at(merged, path), _kernel_name(path), nnx.Param(kernel))
     set_adapter(merged, None).adapters = None
     return merged
+
+
+def _path_of(target: Target) -> str:
+    """The module whose kernel an adapter changes; a tied head gets one of its own."""
+    return "head" if target.slot == "head_adapter" else target.path
 
 
 def _kernel_name(path: str) -> str:

@@ -23,6 +23,10 @@ class RewardError(DataError):
     """A reward function that fails too often."""
 
 
+class RolloutError(DataError):
+    """A rollout function that raises, or returns what is no rollout."""
+
+
 class NonFiniteError(JaxpostError):
     """The loss or the gradient is not a number."""
 

@@ -1,7 +1,7 @@
 """`jaxpost generate`: a file of prompts in, a JSON Lines file of completions out, in order."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from jaxpost.models.pretrained import open_source
 from jaxpost.options import option, part_of
 from jaxpost.rl.generate import generate
 from jaxpost.rl.sampling import SamplingConfig
+from jaxpost.rl.stopping import stopper
 from jaxpost.sharding import make_mesh
 from jaxpost.writing import Progress, write_lines
 
@@ -109,30 +110,6 @@ def run_generate(config: GenerateConfig) -> None:
         with Progress(Path(config.output_file), key, each) as progress:
             for line in lines(len(progress) // each):
                 progress.add(line)
-
-
-def stopper(tokenizer: Any, texts: list[str]) -> Callable[[list[int]], int | None] | None:
-    """Says after how many of its tokens a completion has one of the texts; None where there are none to look for.
-
-    Raises:
-        ConfigError: an empty text.
-    """
-    if not texts:
-        return None
-    if not all(texts):
-        raise ConfigError("stop_strings has an empty text, with which every completion ends")
-
-    def stop(tokens: list[int]) -> int | None:
-        if not any(text in tokenizer.decode(tokens) for text in texts):
-            return None
-        low, high = 1, len(tokens)
-        while low < high:
-            middle = (low + high) // 2
-            found = any(text in tokenizer.decode(tokens[:middle]) for text in texts)
-            low, high = (low, middle) if found else (middle + 1, high)
-        return low
-
-    return stop
 
 
 def _prompts(rows: Rows, tokenizer: Any, vocab_size: int, name: str) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxpost.base_model import BaseModel
 from jaxpost.data.bad_rows import BadRows
+from jaxpost.data.chat import encode_prompt
 from jaxpost.data.fingerprint import digest
 from jaxpost.data.prompts import Prompts, read_prompts
 from jaxpost.data.rows import Rows, as_rows
@@ -32,8 +33,11 @@ from jaxpost.rl.generate import Completion, generate
 from jaxpost.rl.plan import Plan, plan
 from jaxpost.rl.report import Recorder
 from jaxpost.rl.rewards import RewardFunctionsConfig, Rewards
-from jaxpost.rl.rollout import Answers, Rollouts
+from jaxpost.rl.rollout import Rollouts, Sampled
+from jaxpost.rl.rollout_func import Limits, Policy, RolloutFunction, called, name_of, rollout_function
+from jaxpost.rl.rows import Answers
 from jaxpost.rl.sampling import SamplingConfig
+from jaxpost.rl.stopping import stopper
 from jaxpost.scoring import score
 from jaxpost.sharding import batch_groups, put, rows_sharding
 from jaxpost.train.state import TrainState, merge
@@ -53,9 +57,10 @@ class Online:
         reward_funcs: names or functions, models too; by default `--reward_funcs`.
         mesh: where batches go.
         folder: of the run.
+        rollout_func: what makes the completions, instead of one answer of the policy; by default `--rollout_func`.
 
     Raises:
-        ConfigError, DataError: a flag, a row or a reward function cannot be used.
+        ConfigError, DataError: a flag, a row or a function cannot be used.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Online:
         reward_funcs: Sequence[RewardFunction] | RewardFunction | None,
         mesh: Mesh,
         folder: Path,
+        rollout_func: RolloutFunction | str | None = None,
     ):
         if jax.process_count() > 1:
             raise ConfigError("methods that sample run on one process for now, with all of its devices")
@@ -82,6 +88,7 @@ class Online:
         named = [given] if isinstance(given, str | Decoder) or callable(given) else list(given or [])
         functions = [reward_function(function, args, base) for function in named]
         functions += [reward_model(path, "reward_model_path", args) for path in args.reward_models]
+        self.rollout_func = rollout_function(rollout_func or getattr(args, "rollout_func", None))
         weights = args.reward_weights
         if weights is not None and len(weights) != len(functions):
             raise ConfigError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions")
@@ -97,7 +104,8 @@ class Online:
     def fingerprint(self) -> str:
         """What the batches depend on, beside the policy."""
         chosen = (self.plan, self.args.seed, self.args.shuffle_dataset, part_of(self.args, SamplingConfig))
-        return digest(self.prompts.digest(), self.rewards.names, self.args.max_completion_length, *chosen)
+        made = [] if self.rollout_func is None else [name_of(self.rollout_func)]
+        return digest(self.prompts.digest(), self.rewards.names, self.args.max_completion_length, *chosen, *made)
 
     def source(self, run: Run, state: TrainState, step: Programs) -> Rollouts:
         """Completions from the next step on."""
@@ -139,24 +147,40 @@ class Online:
         base.notes.append(f"{rows.name}: {len(prompts.tokens)} prompts{skipped}")
         return prompts
 
+    def _sampler(self, run: Run) -> Callable[[TrainState, Prompts, Sequence[int], int, int], Sampled]:
+        """Makes the completions: an answer of the policy each, or what the rollout function returns."""
+        args, base, function = self.args, self.base, self.rollout_func
+        ends = eos_ids(base.tokenizer, base.generation_config, base.config.hf, base.vocab_size)
+        limits = Limits(base.vocab_size, base.config.max_positions, ends)
+        options = {
+            "eos_ids": ends,
+            "sampling": part_of(args, SamplingConfig).knobs(),
+            "batch_size": args.rollout_batch_size * batch_groups(self.mesh),
+        }
+
+        def complete(state: TrainState, prompts: Prompts, numbers: Sequence[int], each: int, first: int) -> Sampled:
+            model = folded(policy_of(merge(run.graphdef, state.params, state.frozen)))
+            if function is None:
+                ids = [prompts.tokens[i] for i in numbers]
+                asked = {"max_new_tokens": args.max_completion_length, "num_return_sequences": each}
+                completions = generate(model, ids, **asked, seed=args.seed, first_request=first, **options)
+                return Sampled([tokens for tokens in ids for _ in range(each)], completions, {})
+
+            def sample(ids: list[np.ndarray], seed: int, *, stop_strings: list[str], **asked: int) -> list[Completion]:
+                stop = stopper(base.tokenizer, stop_strings)
+                return generate(model, ids, seed=seed, stop=stop, **asked, **options)
+
+            def encode(prompt: Any) -> np.ndarray:
+                return encode_prompt(prompt, base.tokenizer, vocab_size=base.vocab_size, name="rollout_func")
+
+            policy = Policy(encode, sample, args, base.tokenizer, each, key=(args.seed, first))
+            asked = [prompts.columns["prompt"][i] for i in numbers]
+            return Sampled(*called(function, asked, policy, limits))
+
+        return complete
+
     def _rollouts(self, run: Run) -> Rollouts:
         args, base = self.args, self.base
-        ends = eos_ids(base.tokenizer, base.generation_config, base.config.hf, base.vocab_size)
-        knobs = part_of(args, SamplingConfig).knobs()
-
-        def complete(state: TrainState, prompts: list[np.ndarray], each: int, first: int) -> list[Completion]:
-            return generate(
-                folded(policy_of(merge(run.graphdef, state.params, state.frozen))),
-                prompts,
-                max_new_tokens=args.max_completion_length,
-                eos_ids=ends,
-                sampling=knobs,
-                num_return_sequences=each,
-                seed=args.seed,
-                first_request=first,
-                batch_size=args.rollout_batch_size * batch_groups(self.mesh),
-            )
-
         recorder = Recorder(
             self.folder, self.rewards.names, (args.num_completions_to_print or 8) if args.log_completions else 0
         )
@@ -172,7 +196,7 @@ class Online:
             self.prompts,
             self.plan,
             args,
-            complete=complete,
+            complete=self._sampler(run),
             read=self._text,
             rewards=self.rewards,
             weights=args.reward_weights,

@@ -30,6 +30,7 @@ from jaxpost.online import Online
 from jaxpost.options import part_of
 from jaxpost.pipeline import Pipeline
 from jaxpost.ref_model import load_reference
+from jaxpost.rl.rollout_func import RolloutFunction
 from jaxpost.sharding import batch_groups, make_mesh
 from jaxpost.train.checkpoint import Checkpoints
 from jaxpost.train.evaluate import ComputeMetrics
@@ -61,6 +62,7 @@ class Trainer:
         ref_model: what the policy is compared with, by methods that do; by default what `args` say.
         compute_metrics: further metrics of evaluation, of an `EvalPrediction` with the reward of every example.
         reward_funcs: what completions are rewarded by, of methods that sample them: names, functions or reward models.
+        rollout_func: makes the completions, of methods that compare those of a prompt; see `jaxpost.rl.rollout_func`.
         value_model: what a value model of its own starts from, of methods that train one; by default what `args` say.
 
     Raises:
@@ -80,6 +82,7 @@ class Trainer:
         ref_model: str | os.PathLike[str] | Decoder | None = None,
         compute_metrics: ComputeMetrics | None = None,
         reward_funcs: Any = None,
+        rollout_func: RolloutFunction | str | None = None,
         value_model: str | os.PathLike[str] | Decoder | None = None,
     ):
         self.method = method
@@ -97,7 +100,7 @@ class Trainer:
         self.args = suited_to(self.args, self.base.config)
         self.objective: Objective = part_of(self.args, method.objective)
         if method.is_online:
-            given = (train_dataset, eval_dataset, reward_funcs, self.mesh, self.output_dir)
+            given = (train_dataset, eval_dataset, reward_funcs, self.mesh, self.output_dir, rollout_func)
             self.feed: Feed = Online(method, self.args, self.base, *given)
         else:
             groups, rows = batch_groups(self.mesh), (train_dataset, eval_dataset)

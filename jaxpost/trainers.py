@@ -20,6 +20,7 @@ from jaxpost.methods import (
 )
 from jaxpost.models.lora_config import LoraConfig, PeftConfig
 from jaxpost.models.transformer import Decoder
+from jaxpost.rl.rollout_func import RolloutFunction
 from jaxpost.train.evaluate import ComputeMetrics
 from jaxpost.trainer import Trainer
 
@@ -137,10 +138,12 @@ def GRPOTrainer(
     eval_dataset: Any = None,
     processing_class: Any = None,
     peft_config: Adapter = None,
+    rollout_func: RolloutFunction | str | None = None,
 ) -> Trainer:
     """Group relative policy optimisation with TRL's argument names; see `Trainer`."""
+    options = {"reward_funcs": reward_funcs, "rollout_func": rollout_func}
     data = (train_dataset, eval_dataset, processing_class)
-    return _trainer("grpo", model, args, *data, peft_config, None, reward_funcs=reward_funcs)
+    return _trainer("grpo", model, args, *data, peft_config, None, **options)
 
 
 def RLOOTrainer(
@@ -151,10 +154,12 @@ def RLOOTrainer(
     eval_dataset: Any = None,
     processing_class: Any = None,
     peft_config: Adapter = None,
+    rollout_func: RolloutFunction | str | None = None,
 ) -> Trainer:
     """REINFORCE leave-one-out with TRL's argument names; see `Trainer`."""
+    options = {"reward_funcs": reward_funcs, "rollout_func": rollout_func}
     data = (train_dataset, eval_dataset, processing_class)
-    return _trainer("rloo", model, args, *data, peft_config, None, reward_funcs=reward_funcs)
+    return _trainer("rloo", model, args, *data, peft_config, None, **options)
 
 
 def PPOTrainer(
@@ -197,8 +202,9 @@ def _trainer(
     ref_model: Name = None,
     reward_funcs: Any = None,
     value_model: Name = None,
+    rollout_func: RolloutFunction | str | None = None,
 ) -> Trainer:
     data = {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
     options = {"peft_config": adapter, "ref_model": ref_model, "compute_metrics": compute_metrics}
-    options |= {"reward_funcs": reward_funcs, "value_model": value_model}
+    options |= {"reward_funcs": reward_funcs, "value_model": value_model, "rollout_func": rollout_func}
     return Trainer(METHODS[name], model, args, **data, **options)

@@ -33,11 +33,23 @@ class Completion(NamedTuple):
         tokens: ids, the end token included if there was one.
         logps: log-probability of each id under the sampling distribution, nats.
         ended: False when it was cut at the maximum length.
+        own: which tokens the policy drew; None for all. Others stand there as what it has been told, by a tool say.
     """
 
     tokens: list[int]
     logps: list[float]
     ended: bool
+    own: list[bool] | None = None
+
+    @property
+    def is_own(self) -> np.ndarray:
+        """Which tokens the policy drew, bool [N]."""
+        return np.ones(len(self.tokens), bool) if self.own is None else np.asarray(self.own, bool)
+
+    @property
+    def num_own(self) -> int:
+        """How many that are."""
+        return int(self.is_own.sum())
 
 
 def generate(

@@ -52,6 +52,9 @@ class RolloutConfig(GenerationConfig):
 
     num_generations: int = option(8, "Completions of each prompt that are compared with each other.")
     num_iterations: int = option(1, "How often the completions of one generation are learned from.")
+    rollout_func: str | None = option(
+        None, "file.py:function that makes the completions, with tools say, instead of one answer of the policy."
+    )
 
     def __post_init__(self) -> None:
         check_least(self, 2, "num_generations")

@@ -38,8 +38,8 @@ class Scores(NamedTuple):
 
 
 def completion_metrics(completions: Sequence[Completion]) -> dict[str, Metric]:
-    """Lengths, and how many completions were cut."""
-    lengths = np.array([len(completion.tokens) for completion in completions], np.float32)
+    """How many tokens the policy drew, and how many completions were cut."""
+    lengths = np.array([completion.num_own for completion in completions], np.float32)
     ended = np.array([completion.ended for completion in completions], bool)
     metrics: dict[str, Metric] = {"completions/clipped_ratio": _mean(~ended)}
     for name, values in (("length", lengths), ("terminated_length", lengths[ended])):

@@ -7,17 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpost.data.examples import Example
-from jaxpost.data.loader import collate, shuffled
+from jaxpost.data.loader import shuffled
 from jaxpost.data.prompts import Prompts
 from jaxpost.metrics import Greatest, Least, Metric
-from jaxpost.rl.generate import Completion, bucket
+from jaxpost.rl.generate import Completion
 from jaxpost.rl.plan import GenerationConfig, Plan
 from jaxpost.rl.report import Scores, completion_metrics, reward_metrics
-from jaxpost.rl.rewards import Rewards, Scored
-
-LEAST_LENGTH = 64  # tokens of a row
-NOTHING = Example(np.zeros(0, np.int32), np.zeros(0, bool))  # of a completion that is not read
+from jaxpost.rl.rewards import Rewards
+from jaxpost.rl.rows import Answers, deal, rows_of
 
 
 class Rollout(NamedTuple):
@@ -34,20 +31,18 @@ class Rollout(NamedTuple):
     times: Mapping[str, float]
 
 
-class Answers(NamedTuple):
-    """Completions of one generation, those of a prompt one after the other.
+class Sampled(NamedTuple):
+    """Completions of some prompts, those of a prompt one after the other.
 
     Attributes:
-        prompts: number of each one's prompt.
+        prompt_ids: tokens that each one follows.
         completions: of the policy.
-        texts: as reward functions see them.
-        scored: what those say.
+        columns: a list each that reward functions are given beside those of the dataset.
     """
 
-    prompts: list[int]
+    prompt_ids: list[np.ndarray]
     completions: list[Completion]
-    texts: list[Any]
-    scored: Scored
+    columns: Mapping[str, list[Any]]
 
 
 class Rollouts:
@@ -57,7 +52,8 @@ class Rollouts:
         prompts: to complete.
         plan: the numbers.
         config: of the run.
-        complete: (state, prompts, number of completions of each, number of the first) -> completions.
+        complete: (state, prompts, numbers of those to complete, completions of each, number of the first completion)
+            -> what was sampled.
         read: completion and its prompt's cell -> what reward functions see of it.
         rewards: the functions.
         weights: of the functions; None for 1.
@@ -82,12 +78,12 @@ class Rollouts:
         plan: Plan,
         config: GenerationConfig,
         *,
-        complete: Callable[[Any, list[np.ndarray], int, int], list[Completion]],
+        complete: Callable[[Any, Prompts, Sequence[int], int, int], Sampled],
         read: Callable[[Completion, Any], Any],
         rewards: Rewards,
         weights: Sequence[float] | None,
         appraise: Callable[[Any, dict[str, np.ndarray]], tuple[list[Any], np.ndarray]],
-        record: Callable[[int, "Answers", np.ndarray], None],
+        record: Callable[[int, Answers, np.ndarray], None],
         seed: int,
         branches: bool,
         needs_equal_rewards: bool = True,
@@ -135,7 +131,9 @@ class Rollouts:
         lengths = [len(completion.tokens) for completion in answers.completions]
         read = [i // self.plan.num_generations not in dull for i in range(len(lengths))]
         rows = deal([length * is_read for length, is_read in zip(lengths, read, strict=True)], self.plan)
-        batches, advantages = self._appraise(state, self._rows(answers, rows, read))
+        options = {"group_size": self.plan.num_generations, "branches": self._branches}
+        columns = rows_of(answers, rows, read, **options)
+        batches, advantages = self._appraise(state, columns)
         ordered = np.zeros(len(answers.completions), np.float32)
         for row, members in enumerate(rows):
             ordered[members] = advantages[row, : len(members)]
@@ -159,7 +157,8 @@ class Rollouts:
     ) -> tuple[Answers, dict[str, float]]:
         """Completions of these prompts and their rewards; and the seconds that either took."""
         began = time.perf_counter()
-        completions = self._complete(state, [prompts.tokens[i] for i in numbers], per_prompt, first)
+        sampled = self._complete(state, prompts, numbers, per_prompt, first)
+        completions = sampled.completions
         done = time.perf_counter()
         each = [i for i in numbers for _ in range(per_prompt)]
         columns = {name: [cells[i] for i in each] for name, cells in prompts.columns.items()}
@@ -167,13 +166,14 @@ class Rollouts:
         texts = [self._read(completion, prompt) for completion, prompt in zip(completions, asked, strict=True)]
         arguments = {
             **columns,
+            **sampled.columns,
             "prompts": asked,
             "completions": texts,
             "completion_ids": [completion.tokens for completion in completions],
         }
         scored = self._rewards(arguments, [prompts.rows[i] for i in each])
         times = {"generation": done - began, "reward": time.perf_counter() - done}
-        return Answers(each, completions, texts, scored), times
+        return Answers(each, sampled.prompt_ids, completions, texts, scored), times
 
     def _resampled(self, state: Any, answers: Answers, generation: int, first: int) -> tuple[Answers, dict[str, float]]:
         """Other prompts where rewards do not differ, as long as there are such and tries are left.
@@ -191,89 +191,14 @@ class Rollouts:
             others, times = self._answer(state, self.prompts, numbers, self.plan.num_generations, begin)
             spent = {name: seconds + spent.get(name, 0.0) for name, seconds in times.items()}
             better = [i for i in range(len(dull)) if i not in self._dull(others)]
-            answers = self._replaced(answers, dict(zip(dull, better, strict=False)), others)
+            places = dict(zip(dull, better, strict=False))
+            answers = answers.replaced(places, others, self.plan.num_generations)
         return answers, spent
 
     def _dull(self, answers: Answers) -> list[int]:
         """Groups whose completions are all rewarded alike."""
         values = self._scores(answers, self.plan.num_generations).summed.reshape(-1, self.plan.num_generations)
         return [i for i, group in enumerate(values) if len(set(group[~np.isnan(group)].tolist())) < 2]
-
-    def _replaced(self, answers: Answers, places: Mapping[int, int], others: Answers) -> Answers:
-        """Groups of other answers in the places of some of these."""
-        size = self.plan.num_generations
-        index = np.arange(len(answers.completions))
-        for place, other in places.items():
-            index[place * size : (place + 1) * size] = len(index) + other * size + np.arange(size)
-
-        def pick(own: Sequence[Any], new: Sequence[Any]) -> list[Any]:
-            both = [*own, *new]
-            return [both[i] for i in index]
-
-        scored = answers.scored._replace(
-            rewards=np.concatenate([answers.scored.rewards, others.scored.rewards])[index],
-            failed=np.concatenate([answers.scored.failed, others.scored.failed])[index],
-        )
-        return Answers(
-            pick(answers.prompts, others.prompts),
-            pick(answers.completions, others.completions),
-            pick(answers.texts, others.texts),
-            scored,
-        )
-
-    def _rows(self, answers: Answers, rows: Sequence[Sequence[int]], read: Sequence[bool]) -> dict[str, np.ndarray]:
-        """The rows of a generation: [B, T] of the tokens that are `read`, and [B, S] of all completions."""
-        examples = [
-            [self._example(answers, members, i) if read[number] else NOTHING for i, number in enumerate(members)]
-            for members in rows
-        ]
-        longest = max(sum(len(example.tokens) for example in row) for row in examples)
-        batch = collate(examples, max(LEAST_LENGTH, bucket(longest)), pad_id=0)
-        size = self.plan.num_generations
-        members = np.array(rows)
-        sampled = np.zeros(batch["tokens"].shape, np.float32)
-        for row, (numbers, parts) in enumerate(zip(rows, examples, strict=True)):
-            ends = np.cumsum([len(part.tokens) for part in parts])
-            for end, number in zip(ends, numbers, strict=True):
-                logps = answers.completions[number].logps if read[number] else []
-                sampled[row, end - len(logps) - 1 : end - 1] = logps
-        ended = np.array([completion.ended for completion in answers.completions], np.float32)
-        lengths = np.array([len(completion.tokens) for completion in answers.completions], np.float32)
-        return {
-            **batch,
-            "examples": np.ones(members.shape, np.float32),
-            "groups": (members // size).astype(np.int32),
-            "rewards": answers.scored.rewards[members],
-            "ended": ended[members],
-            "num_trained": lengths[members],
-            "sampled_logps": sampled,
-        }
-
-    def _example(self, answers: Answers, members: Sequence[int], i: int) -> Example:
-        """A completion with its prompt, or as a branch of the first one of the same prompt in the row."""
-        prompt, completion = self.prompts.tokens[answers.prompts[members[i]]], answers.completions[members[i]].tokens
-        size = self.plan.num_generations
-        follows = i > 0 and members[i] // size == members[i - 1] // size
-        start = len(prompt) - 1 if self._branches and follows else 0
-        tokens = np.concatenate([prompt[start:], completion]).astype(np.int32)
-        return Example(tokens, np.arange(len(tokens)) >= len(prompt) - start, 0.0, start)
-
-
-def deal(lengths: Sequence[int], plan: Plan) -> list[list[int]]:
-    """Which completions stand in each row of a generation; all rows have as many, and about as many tokens.
-
-    Completions of a prompt stay together where a row has room for them. Longest first, in turns from the first row to
-    the last and back.
-    """
-    block = int(np.gcd(plan.num_generations, plan.row_size))
-    blocks = np.arange(len(lengths)).reshape(-1, block)
-    sizes = np.array([sum(lengths[i] for i in members) for members in blocks])
-    num_rows = len(lengths) // plan.row_size
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
-    for turn, number in enumerate(np.argsort(-sizes, kind="stable")):
-        lap, place = divmod(turn, num_rows)
-        rows[place if lap % 2 == 0 else num_rows - 1 - place].append(int(number))
-    return [[int(i) for number in sorted(row) for i in blocks[number]] for row in rows]
 
 
 def _value(metric: Metric) -> float:

@@ -7,7 +7,7 @@ import pytest
 from jaxpost import generate as command
 from jaxpost.cli import main
 from jaxpost.errors import ConfigError
-from jaxpost.generate import stopper
+from jaxpost.rl.stopping import stopper
 from tests.conftest import make_tokenizer
 
 PROMPTS = ["a", "bc", "def", "ghij", "k"]

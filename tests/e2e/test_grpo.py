@@ -1,5 +1,6 @@
 """Methods that learn from completions of the policy, by the command line and in Python."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.numpy import load_file
 
 from jaxpost import GRPOConfig, GRPOTrainer, from_pretrained
 from jaxpost.cli import main
+from jaxpost.errors import RolloutError
 from jaxpost.methods import METHODS
 from tests.conftest import make_tokenizer
 from tests.e2e.test_lora import assert_same
@@ -223,3 +225,71 @@ def test_a_reward_that_always_fails_ends_the_run(tiny_folder, home, tmp_path, ca
     flags = f"--reward_funcs {tmp_path}/bad.py:bad"
     assert run("grpo", tiny_folder, home, tmp_path / "out", flags) == 3
     assert "reward function bad fails for 32 of 32 completions" in capsys.readouterr().err
+
+
+ROLLOUT = '''
+def plain(prompts, trainer):
+    """What the policy answers; the reward functions are told its number."""
+    ids = [trainer.encode(prompt) for prompt in prompts]
+    answers = trainer.generate(ids, num_return_sequences=trainer.num_generations)
+    each = [i for i in ids for _ in range(trainer.num_generations)]
+    return {
+        "prompt_ids": each,
+        "completion_ids": [answer.tokens for answer in answers],
+        "logprobs": [answer.logps for answer in answers],
+        "number": list(range(len(answers))),
+    }
+
+
+def two_turns(prompts, trainer):
+    """Three tokens, two that it is told, three more."""
+    ids = [trainer.encode(prompt) for prompt in prompts]
+    first = trainer.generate(ids, num_return_sequences=trainer.num_generations, max_new_tokens=3)
+    each = [i for i in ids for _ in range(trainer.num_generations)]
+    told = [[*prompt, *answer.tokens, 40, 41] for prompt, answer in zip(each, first)]
+    second = trainer.generate(told, max_new_tokens=3)
+    return {
+        "prompt_ids": each,
+        "completion_ids": [a.tokens + [40, 41] + b.tokens for a, b in zip(first, second)],
+        "logprobs": [a.logps + [0.0, 0.0] + b.logps for a, b in zip(first, second)],
+        "env_mask": [[1] * len(a.tokens) + [0, 0] + [1] * len(b.tokens) for a, b in zip(first, second)],
+        "number": list(range(len(first))),
+    }
+'''
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_rollout_of_several_turns_is_learned_from_where_the_policy_spoke(method, tiny_folder, home, tmp_path):
+    (home / "rollout.py").write_text(ROLLOUT)
+    flags = f"--rollout_func {home}/rollout.py:two_turns"
+    assert run(method, tiny_folder, home, tmp_path / "whole", flags) == 0
+    log = logged(tmp_path / "whole")
+    # The model that trains says of every token, told ones in between, what the one that sampled said.
+    assert max(row["sampling/sampling_logp_difference/max"] for row in log) < 1e-5
+    assert all(row["completions/max_length"] <= 6 for row in log)
+    assert run(method, tiny_folder, home, tmp_path / "resumed", f"{flags} --max_steps 2") == 0
+    assert run(method, tiny_folder, home, tmp_path / "resumed", f"{flags} --resume_from_checkpoint true") == 0
+    assert_same(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
+
+
+def test_rollout_functions_in_python_and_bad_ones(tiny_folder, home, tmp_path, capsys):
+    (home / "rollout.py").write_text(ROLLOUT)
+    numbers = []
+
+    def reward(completion_ids, number, **kwargs):
+        numbers.extend(number)
+        return [float(i) for i in number]
+
+    def three(prompts, trainer):
+        return {"prompt_ids": [[5]], "completion_ids": [[6]], "logprobs": [[-1.0]]}
+
+    args = {"max_steps": 1, "num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 6}
+    config = GRPOConfig(output_dir=str(tmp_path / "python"), report_to=["none"], **args)
+    options = {"reward_funcs": reward, "train_dataset": PROMPTS}
+    GRPOTrainer(str(tiny_folder), args=config, rollout_func=f"{home}/rollout.py:plain", **options).train()
+    assert numbers == list(range(32))
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "bad"))
+    with pytest.raises(RolloutError, match="rollout_func three: prompt_ids has 1 entries, but 8 prompts x"):
+        GRPOTrainer(str(tiny_folder), args=config, rollout_func=three, **options).train()
+    assert run("grpo", tiny_folder, home, tmp_path / "none", "--rollout_func none.py:f") == 2
+    assert "rollout_func is 'none.py:f'; give file.py:function" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""The rows of a generation: which completions stand in each, and the columns that an objective is given of them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpost.data.examples import Example
+from jaxpost.data.loader import collate
+from jaxpost.rl.generate import Completion, bucket
+from jaxpost.rl.plan import Plan
+from jaxpost.rl.rewards import Scored
+
+LEAST_LENGTH = 64  # tokens of a row
+NOTHING = Example(np.zeros(0, np.int32), np.zeros(0, bool))  # of a completion that is not read
+
+
+class Answers(NamedTuple):
+    """Completions of one generation, those of a prompt one after the other.
+
+    Attributes:
+        prompts: number of each one's prompt in the dataset.
+        prompt_ids: tokens that each one follows.
+        completions: of the policy.
+        texts: as reward functions see them.
+        scored: what those say.
+    """
+
+    prompts: list[int]
+    prompt_ids: list[np.ndarray]
+    completions: list[Completion]
+    texts: list[Any]
+    scored: Scored
+
+    def replaced(self, places: dict[int, int], others: "Answers", size: int) -> "Answers":
+        """Groups of `size` other answers in the places of some of these: the other's number by this one's."""
+        index = np.arange(len(self.completions))
+        for place, other in places.items():
+            index[place * size : (place + 1) * size] = len(index) + other * size + np.arange(size)
+
+        def pick(own: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+            both = [*own, *new]
+            return [both[i] for i in index]
+
+        scored = self.scored._replace(
+            rewards=np.concatenate([self.scored.rewards, others.scored.rewards])[index],
+            failed=np.concatenate([self.scored.failed, others.scored.failed])[index],
+        )
+        return Answers(
+            pick(self.prompts, others.prompts),
+            pick(self.prompt_ids, others.prompt_ids),
+            pick(self.completions, others.completions),
+            pick(self.texts, others.texts),
+            scored,
+        )
+
+
+def rows_of(
+    answers: Answers, rows: Sequence[Sequence[int]], read: Sequence[bool], *, group_size: int, branches: bool
+) -> dict[str, np.ndarray]:
+    """The columns: [B, T] of the tokens that are read, and [B, S] of all completions.
+
+    Args:
+        answers: N completions.
+        rows: numbers of the S completions of each row.
+        read: whether the tokens of each completion stand in its row.
+        group_size: completions of a prompt.
+        branches: completions of a prompt that follow each other in a row share it.
+    """
+    examples = [
+        [_example(answers, members, i, branches) if read[number] else NOTHING for i, number in enumerate(members)]
+        for members in rows
+    ]
+    longest = max(sum(len(example.tokens) for example in row) for row in examples)
+    batch = collate(examples, max(LEAST_LENGTH, bucket(longest)), pad_id=0)
+    members = np.array(rows)
+    sampled = np.zeros(batch["tokens"].shape, np.float32)
+    for row, (numbers, parts) in enumerate(zip(rows, examples, strict=True)):
+        ends = np.cumsum([len(part.tokens) for part in parts])
+        for end, number in zip(ends, numbers, strict=True):
+            logps = answers.completions[number].logps if read[number] else []
+            sampled[row, end - len(logps) - 1 : end - 1] = logps
+    ended = np.array([completion.ended for completion in answers.completions], np.float32)
+    trained = np.array([completion.num_own for completion in answers.completions], np.float32)
+    return {
+        **batch,
+        "examples": np.ones(members.shape, np.float32),
+        "groups": (members // group_size).astype(np.int32),
+        "rewards": answers.scored.rewards[members],
+        "ended": ended[members],
+        "num_trained": trained[members],
+        "sampled_logps": sampled,
+    }
+
+
+def _example(answers: Answers, members: Sequence[int], i: int, branches: bool) -> Example:
+    """A completion with its prompt, or as a branch of the one before where both follow the same prompt."""
+    number, before = members[i], members[max(i - 1, 0)]
+    prompt, completion = answers.prompt_ids[number], answers.completions[number]
+    same = i > 0 and answers.prompts[before] == answers.prompts[number]
+    shares = branches and same and np.array_equal(answers.prompt_ids[before], prompt)
+    start = len(prompt) - 1 if shares else 0
+    tokens = np.concatenate([prompt[start:], completion.tokens]).astype(np.int32)
+    context = np.zeros(len(prompt) - start, bool)
+    return Example(tokens, np.concatenate([context, completion.is_own]), 0.0, start)
+
+
+def deal(lengths: Sequence[int], plan: Plan) -> list[list[int]]:
+    """Which completions stand in each row of a generation; all rows have as many, and about as many tokens.
+
+    Completions of a prompt stay together where a row has room for them. Longest first, in turns from the first row to
+    the last and back.
+    """
+    block = int(np.gcd(plan.num_generations, plan.row_size))
+    blocks = np.arange(len(lengths)).reshape(-1, block)
+    sizes = np.array([sum(lengths[i] for i in members) for members in blocks])
+    num_rows = len(lengths) // plan.row_size
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    for turn, number in enumerate(np.argsort(-sizes, kind="stable")):
+        lap, place = divmod(turn, num_rows)
+        rows[place if lap % 2 == 0 else num_rows - 1 - place].append(int(number))
+    return [[int(i) for number in sorted(row) for i in blocks[number]] for row in rows]

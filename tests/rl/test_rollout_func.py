@@ -1,0 +1,115 @@
+"""Rollouts of the user's own: what they are given, and what they may return."""
+
+import numpy as np
+import pytest
+
+from jaxpost.errors import ConfigError, RolloutError
+from jaxpost.rl.generate import Completion
+from jaxpost.rl.rewards import Scored
+from jaxpost.rl.rollout_func import Limits, Policy, called, rollout_function
+from jaxpost.rl.rows import Answers, rows_of
+
+LIMITS = Limits(vocab_size=50, max_positions=12, eos_ids=[1])
+GOOD = {
+    "prompt_ids": [[5, 6], [5, 6], [7], [7]],
+    "completion_ids": [[8, 9, 1], [8], [9, 9], [3, 1]],
+    "logprobs": [[-1.0, -2.0, -0.5], [-1.0], [-1.0, -1.0], [-2.0, -0.1]],
+}
+
+
+def policy(num_generations=2):
+    return Policy(lambda prompt: np.array([5, 6]), lambda *_, **__: [], None, None, num_generations, (0, 0))
+
+
+def call(**changed):
+    returned = {key: value for key, value in (GOOD | changed).items() if value is not ...}
+    return called(lambda prompts, trainer: returned, ["a", "b"], policy(), LIMITS)
+
+
+def test_what_is_returned_becomes_completions_and_columns():
+    mask = [[1, 0, 1], [1], [1, 1], [1, 1]]
+    logprobs = [[-1.0, float("nan"), -0.5], *GOOD["logprobs"][1:]]
+    prompts, completions, columns = call(env_mask=mask, logprobs=logprobs, turns=[1, 2, 3, 4])
+    assert [ids.tolist() for ids in prompts] == GOOD["prompt_ids"]
+    assert completions[0] == Completion([8, 9, 1], [-1.0, 0.0, -0.5], True, [True, False, True])
+    assert [completion.ended for completion in completions] == [True, False, False, True]
+    assert [completion.num_own for completion in completions] == [2, 1, 2, 2]
+    assert columns == {"turns": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"logprobs": ...}, "returned no logprobs; it needs prompt_ids"),
+        ({"completion_ids": [[8]]}, "completion_ids has 1 entries, but 2 prompts x num_generations 2 are 4"),
+        ({"turns": 3}, "turns has no list entries"),
+        ({"completion_ids": [[8, 9, 1], [], [9, 9], [3, 1]]}, "completion 2: completion_ids is empty"),
+        ({"completion_ids": [[8, 9, 50], [8], [9, 9], [3, 1]]}, "completion 1: .* not from 0 to 49"),
+        ({"logprobs": [[-1.0], [-1.0], [-1.0] * 2, [-1.0] * 2]}, "completion 1: logprobs has 1 entries for 3"),
+        ({"logprobs": [[float("nan")] * 3, [-1.0], [-1.0] * 2, [-1.0] * 2]}, "completion 1: .* finite"),
+        ({"prompt_ids": [[5] * 10, [5], [7], [7]]}, "completion 1: 10 \\+ 3 tokens; the model reads 12"),
+        ({"env_mask": [[0, 0, 0], [1], [1, 1], [1, 1]]}, "completion 1: env_mask is 0 everywhere"),
+        ({"prompt_ids": [5, 6, 7, 8]}, "completion 1: 5 is no list of token ids"),
+    ],
+)
+def test_what_is_no_rollout_is_named(changed, message):
+    with pytest.raises(RolloutError, match=message):
+        call(**changed)
+
+
+def test_a_function_that_raises_or_returns_nothing_is_named():
+    def broken(prompts, trainer):
+        raise KeyError("tool")
+
+    with pytest.raises(RolloutError, match="rollout_func broken: KeyError: 'tool'"):
+        called(broken, ["a"], policy(), LIMITS)
+    with pytest.raises(RolloutError, match="returned NoneType, not a dict"):
+        called(lambda prompts, trainer: None, ["a"], policy(), LIMITS)
+
+
+def test_functions_are_found_by_file(tmp_path):
+    (tmp_path / "mine.py").write_text("def rollout(prompts, trainer):\n    return {}\n")
+    assert rollout_function(f"{tmp_path}/mine.py:rollout")([], None) == {}
+    for named, message in [
+        ("mine", "give file.py:function"),
+        (f"{tmp_path}/none.py:rollout", "of a file that exists"),
+        (f"{tmp_path}/mine.py:other", "AttributeError"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            rollout_function(named)
+
+
+def test_every_call_draws_other_numbers_and_a_resumed_run_the_same():
+    class Args:
+        max_completion_length = 4
+
+    seeds = []
+
+    def made(key):
+        sample = lambda ids, seed, **_: seeds.append(seed) or []  # noqa: E731
+        return Policy(lambda prompt: np.array([5]), sample, Args, None, 2, key)
+
+    for key in ((0, 0), (0, 0), (0, 8)):
+        trainer = made(key)
+        trainer.generate([[5]])
+        trainer.generate([[5]])
+    assert seeds[:2] == seeds[2:4] and len(set(seeds)) == 4
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_what_the_policy_was_told_is_read_and_not_trained_on(branches):
+    told = Completion([8, 9, 1], [-1.0, 0.0, -0.5], True, [True, False, True])
+    plain = Completion([8], [-1.0], False)
+    prompts = [np.array([5, 6]), np.array([5, 6]), np.array([5, 6]), np.array([5, 6, 7])]
+    scored = Scored(np.zeros((4, 1), np.float32), np.zeros((4, 1), bool), {}, {}, {})
+    answers = Answers([0, 0, 1, 1], prompts, [told, plain, plain, plain], [None] * 4, scored)
+    rows = rows_of(answers, [[0, 1], [2, 3]], [True] * 4, group_size=2, branches=branches)
+    starts = (2 if not branches else 1, 3)  # a branch begins with the last token of its prompt
+    first = [5, 6, 8, 9, 1, *([6] if branches else [5, 6]), 8]
+    assert rows["tokens"][0, : len(first)].tolist() == first
+    trained = np.flatnonzero(rows["loss_mask"][0]).tolist()
+    assert trained == [2, 4, 5 + starts[0]]
+    # prompts of a group that differ are not shared
+    assert rows["tokens"][1, :7].tolist() == [5, 6, 8, 5, 6, 7, 8]
+    assert rows["num_trained"].tolist() == [[2, 1], [1, 1]]
+    assert rows["sampled_logps"][0, 1] == -1.0 and rows["sampled_logps"][0, 3] == -0.5

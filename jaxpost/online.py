@@ -88,7 +88,9 @@ class Online:
         named = [given] if isinstance(given, str | Decoder) or callable(given) else list(given or [])
         functions = [reward_function(function, args, base) for function in named]
         functions += [reward_model(path, "reward_model_path", args) for path in args.reward_models]
-        self.rollout_func = rollout_function(rollout_func or getattr(args, "rollout_func", None))
+        self.rollout_func = rollout_function(args.rollout if rollout_func is None else rollout_func)
+        if self.rollout_func is not None and args.is_ahead:
+            raise ConfigError("generate_ahead cannot keep what a rollout_func returns over a restart; leave one out")
         weights = args.reward_weights
         if weights is not None and len(weights) != len(functions):
             raise ConfigError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions")
@@ -200,12 +202,13 @@ class Online:
             read=self._text,
             rewards=self.rewards,
             weights=args.reward_weights,
-            appraise=Appraisal(run, self.plan, self.mesh),
+            appraise=Appraisal(run, self.plan, self.mesh, stale=args.is_ahead),
             record=record,
             seed=args.seed,
             branches=base.config.reads_branches,
             needs_equal_rewards=run.objective.needs_equal_rewards,
             start=run.start,
+            end=self.num_steps,
             kept=jax.device_put(run.kept, rows_sharding(self.mesh)),
         )
 
@@ -218,7 +221,7 @@ class Online:
 class Appraisal:
     """Makes the batches of optimizer steps of the rows of a generation; what it compiles, it compiles once."""
 
-    def __init__(self, run: Run, numbers: Plan, mesh: Mesh):
+    def __init__(self, run: Run, numbers: Plan, mesh: Mesh, *, stale: bool):
         self._mesh = mesh
         self._fixed = None if run.reference is None else run.reference.arrays
         parts, reused = numbers.num_parts, numbers.num_steps > 1
@@ -231,7 +234,8 @@ class Appraisal:
             reference = run.reference
             compared = None if reference is None else InParts(reference.build(policy, arrays), pieces)
             batch = remembered(batch, memory)
-            appraised = run.objective.appraise(InParts(policy, pieces), compared, batch, reused=reused)
+            given = InParts(policy, pieces), compared, batch
+            appraised = run.objective.appraise(*given, reused=reused, stale=stale)
             split = split_batch(appraised, parts)
             return [jax.tree.map(lambda column, i=i: column[i], split) for i in range(parts)], appraised["advantages"]
 

@@ -28,10 +28,11 @@ from jaxpost.objectives.grpo_losses import (
     k3,
     quantile,
     sapo_loss,
+    truncated_weight,
     vespo_weight,
 )
 from jaxpost.objectives.logps import next_tokens, score_batch
-from jaxpost.objectives.online import ClippedBase, clip_metrics, sampling_difference
+from jaxpost.objectives.online import ClippedBase, clip_metrics, importance_metrics, sampling_difference
 from jaxpost.objectives.sequences import exists, mean_per_example, per_example, per_token
 from jaxpost.options import one_of, option
 
@@ -106,7 +107,9 @@ class GRPO(ClippedBase):
         others = self.needs_reference or self.rewards_entropy or self.router_aux_loss_coef
         return bool(others) or self.top_entropy_quantile < 1 or self.multi_objective_aggregation != "sum_then_normalize"
 
-    def appraise(self, policy: Model, reference: Model | None, batch: Batch, *, reused: bool) -> Batch:
+    def appraise(
+        self, policy: Model, reference: Model | None, batch: Batch, *, reused: bool, stale: bool = False
+    ) -> Batch:
         batch, shape = self.trained(batch), batch["groups"].shape
         advantages = group_advantages(
             batch["rewards"].reshape(-1, batch["rewards"].shape[-1]),
@@ -117,8 +120,13 @@ class GRPO(ClippedBase):
             present=exists(batch).reshape(-1),
         )
         batch = {**batch, "advantages": advantages.reshape(shape)}
-        if reused:
+        if reused or stale:
             batch["old_logps"] = self.token_logps(policy, batch)
+        if stale and self.loss_type == "vespo":  # whose weight is of sequences, from what they were sampled with
+            batch["old_logps"] = batch["sampled_logps"]
+        elif stale:
+            moved = jnp.where(next_tokens(batch)[1], batch["old_logps"] - batch["sampled_logps"], 0.0)
+            batch["importance"] = truncated_weight(moved, self.importance_sampling_cap)
         if reference is not None:
             batch["ref_logps"] = self.token_logps(reference, batch)
         return batch
@@ -167,6 +175,9 @@ class GRPO(ClippedBase):
             moved = mean_per_example(lax.stop_gradient(sampled - logps), mask, batch)
             kept = (batch["advantages"] >= 0) | (moved <= self.off_policy_mask_threshold)
             losses = losses * per_token(kept.astype(jnp.float32), batch)
+        if "importance" in batch:
+            losses = losses * batch["importance"]
+            metrics |= importance_metrics(batch["importance"], mask)
         scored = mask
         if "uncertain" in batch:
             scored = mask & (batch["uncertain"] > 0)

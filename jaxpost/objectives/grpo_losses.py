@@ -135,6 +135,18 @@ def vespo_weight(
     return lax.stop_gradient(jnp.exp(rate + k * log_weight - rate * jnp.exp(log_weight)))
 
 
+def truncated_weight(log_ratio: Float[Array, "*N"], cap: float) -> Float[Array, "*N"]:
+    """Importance weight of a sample that another distribution has drawn, at most `cap`.
+
+    Ionides, 2008, "Truncated Importance Sampling".
+
+    Args:
+        log_ratio: log of the probability now, less its log when it was drawn.
+        cap: greatest weight; it bounds the variance, and the bias is in what is cut.
+    """
+    return jnp.minimum(jnp.exp(log_ratio), cap)
+
+
 def k3(logps: Array, ref_logps: Array) -> Array:
     """KL divergence from the reference, estimated from the tokens of the policy: r - log r - 1 with r = ref / pi.
 

@@ -25,10 +25,13 @@ from jaxpost.options import option
 class OnlineObjective(Objective, Protocol):
     """An objective whose batches are made with the policy."""
 
-    def appraise(self, policy: Model, reference: Model | None, batch: Batch, *, reused: bool) -> Batch:
+    def appraise(
+        self, policy: Model, reference: Model | None, batch: Batch, *, reused: bool, stale: bool = False
+    ) -> Batch:
         """Add what belongs to the moment of sampling: sees all completions of one generation, before the first step.
 
         `reused`: more than one optimizer step is taken with them, so that the policy moves away from what sampled them.
+        `stale`: it has moved away already.
         """
         ...
 
@@ -81,10 +84,13 @@ class ClippedBase(OnlineBase):
 
     epsilon: float = option(0.2, "How far below 1 the ratio of probabilities counts.")
     epsilon_high: float | None = option(None, "How far above 1 it does; null for epsilon.")
+    importance_sampling_cap: float = option(
+        3.0, "generate_ahead: greatest weight of what an earlier policy has sampled (truncated importance sampling)."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epsilon", "epsilon_high"):
+        for name in ("epsilon", "epsilon_high", "importance_sampling_cap"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} is {value}; it must be above 0")
@@ -93,6 +99,18 @@ class ClippedBase(OnlineBase):
     def high(self) -> float:
         """Bound of the ratio, above 1."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+def importance_metrics(
+    weight: Float[Array, "B S"] | Float[Array, "B T"], mask: Bool[Array, "B S"] | Bool[Array, "B T"]
+) -> dict[str, Metric]:
+    """Of the weights of what an earlier policy has sampled."""
+    name = "sampling/importance_sampling_ratio"
+    return {
+        f"{name}/min": least(weight, mask),
+        f"{name}/mean": masked_mean(weight, mask),
+        f"{name}/max": greatest(weight, mask),
+    }
 
 
 def check_bounds(name: str, bounds: list[float] | None) -> None:

@@ -97,8 +97,10 @@ class PPO(OnlineBase):
     def needs_reference(self) -> bool:
         return self.kl_coef != 0
 
-    def appraise(self, policy: Model, reference: Model | None, batch: Batch, *, reused: bool) -> Batch:
-        assert isinstance(policy, ActorCritic)
+    def appraise(
+        self, policy: Model, reference: Model | None, batch: Batch, *, reused: bool, stale: bool = False
+    ) -> Batch:
+        assert isinstance(policy, ActorCritic) and not stale
         batch, scores, known = self._scored(self.trained(batch))
         mask, ends = next_tokens(batch)[1], _ends(batch)
         lengths = per_example(batch["loss_mask"], batch)

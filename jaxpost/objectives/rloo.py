@@ -17,9 +17,15 @@ from jax import lax
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Mean, Metric, masked_mean
 from jaxpost.objectives.base import Batch, Model
-from jaxpost.objectives.grpo_losses import clipped_loss, leave_one_out_advantages, standardised, weighted_rewards
+from jaxpost.objectives.grpo_losses import (
+    clipped_loss,
+    leave_one_out_advantages,
+    standardised,
+    truncated_weight,
+    weighted_rewards,
+)
 from jaxpost.objectives.logps import next_tokens, score_batch
-from jaxpost.objectives.online import ClippedBase, check_bounds, clip_metrics, sampling_difference
+from jaxpost.objectives.online import ClippedBase, check_bounds, clip_metrics, importance_metrics, sampling_difference
 from jaxpost.objectives.sequences import exists, per_example
 from jaxpost.options import one_of, option
 
@@ -50,14 +56,19 @@ class RLOO(ClippedBase):
         compared = self.baseline == "leave_one_out" and not self.normalize_advantages
         return self.needs_reference or bool(self.router_aux_loss_coef) or not compared
 
-    def appraise(self, policy: Model, reference: Model | None, batch: Batch, *, reused: bool) -> Batch:
+    def appraise(
+        self, policy: Model, reference: Model | None, batch: Batch, *, reused: bool, stale: bool = False
+    ) -> Batch:
         batch, shape = self.trained(batch), batch["groups"].shape
         weighted = weighted_rewards(batch["rewards"].reshape(-1, batch["rewards"].shape[-1]), self.weights(batch))
         rewards, known = weighted[0].reshape(shape), weighted[1].reshape(shape) & exists(batch)
         if self.reward_clip_range is not None:
             rewards = jnp.clip(rewards, *self.reward_clip_range)
-        if reused or reference is not None:
+        if reused or stale or reference is not None:
             batch = {**batch, "old_logps": self.token_logps(policy, batch)}
+        if stale:
+            moved = jnp.where(next_tokens(batch)[1], batch["old_logps"] - batch["sampled_logps"], 0.0)
+            batch["importance"] = truncated_weight(per_example(moved, batch), self.importance_sampling_cap)
         if reference is not None:
             batch["kl"] = batch["old_logps"] - self.token_logps(reference, batch)
             rewards = rewards - self.beta * per_example(batch["kl"], batch)
@@ -77,8 +88,11 @@ class RLOO(ClippedBase):
         ratio = jnp.exp(per_example(scores.logps - old, batch))
         advantages, present = batch["advantages"], exists(batch)
         losses = clipped_loss(ratio, advantages, epsilon_low=self.epsilon, epsilon_high=self.high)
-        loss, routing = self.with_balance(masked_mean(losses, present), balance)
         metrics: dict[str, Metric] = {"entropy": masked_mean(scores.entropy, mask)}
+        if "importance" in batch:
+            losses = losses * batch["importance"]
+            metrics |= importance_metrics(batch["importance"], present)
+        loss, routing = self.with_balance(masked_mean(losses, present), balance)
         if "kl" in batch:
             metrics["kl"] = masked_mean(batch["kl"], next_tokens(batch)[1])
         metrics |= clip_metrics(ratio, advantages, None, batch, low=self.epsilon, high=self.high)

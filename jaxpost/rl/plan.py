@@ -45,6 +45,16 @@ class GenerationConfig:
         """Optimizer steps of a pass; None for as many as gradient_accumulation_steps leaves."""
         return None
 
+    @property
+    def rollout(self) -> str | None:
+        """The function that makes the completions; None for answers of the policy."""
+        return None
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether completions are sampled before the updates with those of the generation before."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(GenerationConfig):
@@ -55,6 +65,11 @@ class RolloutConfig(GenerationConfig):
     rollout_func: str | None = option(
         None, "file.py:function that makes the completions, with tools say, instead of one answer of the policy."
     )
+    generate_ahead: bool = option(
+        False,
+        "Sample completions before the updates with those of the generation before, and score them meanwhile; "
+        "importance weights make up for it.",
+    )
 
     def __post_init__(self) -> None:
         check_least(self, 2, "num_generations")
@@ -64,6 +79,14 @@ class RolloutConfig(GenerationConfig):
     @property
     def passes(self) -> int:
         return self.num_iterations
+
+    @property
+    def rollout(self) -> str | None:
+        return self.rollout_func
+
+    @property
+    def is_ahead(self) -> bool:
+        return self.generate_ahead
 
 
 @dataclass(frozen=True, kw_only=True)

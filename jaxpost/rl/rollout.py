@@ -2,7 +2,9 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ from jaxpost.metrics import Greatest, Least, Metric
 from jaxpost.rl.generate import Completion
 from jaxpost.rl.plan import GenerationConfig, Plan
 from jaxpost.rl.report import Scores, completion_metrics, reward_metrics
-from jaxpost.rl.rewards import Rewards
+from jaxpost.rl.rewards import Rewards, Scored
 from jaxpost.rl.rows import Answers, deal, rows_of
 
 
@@ -45,6 +47,46 @@ class Sampled(NamedTuple):
     columns: Mapping[str, list[Any]]
 
 
+class Drawn(NamedTuple):
+    """Completions whose rewards are being computed.
+
+    Attributes:
+        numbers: of the prompts, one a completion.
+        sampled: the completions.
+        texts: as reward functions see them.
+        scored: what those will say.
+    """
+
+    numbers: list[int]
+    sampled: Sampled
+    texts: list[Any]
+    scored: Future[Scored]
+
+    def answers(self) -> Answers:
+        """With the rewards, which are waited for."""
+        return Answers(
+            self.numbers, self.sampled.prompt_ids, self.sampled.completions, self.texts, self.scored.result()
+        )
+
+
+class Clock:
+    """Adds up what is spent, by purpose.
+
+    Attributes:
+        seconds: of each purpose.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, purpose: str) -> Iterator[None]:
+        """Time the block."""
+        began = time.perf_counter()
+        yield
+        self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - began
+
+
 class Rollouts:
     """Batches of completions of the policy that is being trained; what they are depends on seed and step alone.
 
@@ -64,6 +106,7 @@ class Rollouts:
         needs_equal_rewards: completions are learned from where all of a prompt are rewarded alike; if not, their tokens
             are left out.
         start: the first step.
+        end: the step before which to stop.
         kept: what `kept` gave after the step before; empty where a generation begins.
 
     Attributes:
@@ -88,6 +131,7 @@ class Rollouts:
         branches: bool,
         needs_equal_rewards: bool = True,
         start: int = 0,
+        end: int = 0,
         kept: Sequence[Any] = (),
     ):
         self.prompts, self.plan, self.config = prompts, plan, config
@@ -96,53 +140,71 @@ class Rollouts:
         self._seed, self._branches, self._next = seed, branches, start
         self._needs_equal_rewards = needs_equal_rewards
         self._order = functools.lru_cache(maxsize=2)(functools.partial(shuffled, len(prompts.tokens), seed))
+        self._end, self._drawn = end, None
+        self._scoring = ThreadPoolExecutor(1)  # one call at a time, in order
         self._batches: list[Any] = list(kept)
+        if self._batches and "lengths" in self._batches[-1]:
+            self._drawn = self._restored(self._batches.pop())
 
     def __call__(self, state: Any) -> Rollout:
         """The batch of the next step; generates where a generation begins."""
         step, self._next = self._next, self._next + 1
         generation, rest = divmod(step, self.plan.num_steps)
-        metrics, times = {}, {}
+        clock, metrics = Clock(), {}
         if rest == 0:
-            self._batches, metrics, times = self._generate(state, generation, step)
-        return Rollout(self._batches[rest % self.plan.num_parts], metrics, times)
+            is_last = (generation + 1) * self.plan.num_steps >= self._end
+            with clock("generation"):
+                drawn = self._drawn or self._draw_generation(state, generation)
+                ahead = self.config.is_ahead and not is_last
+                self._drawn = self._draw_generation(state, generation + 1) if ahead else None
+            self._batches, metrics = self._learn(state, drawn, generation, step, clock)
+        return Rollout(self._batches[rest % self.plan.num_parts], metrics, clock.seconds)
 
     def kept(self) -> list[Any]:
-        """The batches of the generation that the next step goes on with; none where it begins with a new one."""
-        return self._batches if self._next % self.plan.num_steps else []
+        """What cannot be made again: the rest of a generation that was begun, and one that was sampled ahead."""
+        batches = self._batches if self._next % self.plan.num_steps else []
+        return batches if self._drawn is None else [*batches, _arrays(self._drawn.sampled.completions)]
 
     def evaluate(self, state: Any, prompts: Prompts, per_prompt: int) -> dict[str, float]:
         """Rewards of completions of other prompts."""
-        answers, _ = self._answer(state, prompts, list(range(len(prompts.tokens))), per_prompt, 0)
+        answers = self._draw(state, prompts, list(range(len(prompts.tokens))), per_prompt, 0).answers()
         metrics = completion_metrics(answers.completions) | reward_metrics(self._scores(answers, per_prompt))
         return {name: _value(metric) for name, metric in metrics.items()}
 
-    def _generate(
-        self, state: Any, generation: int, step: int
-    ) -> tuple[list[Any], dict[str, Metric], dict[str, float]]:
-        numbers = [self._prompt(generation * self.plan.num_prompts + i) for i in range(self.plan.num_prompts)]
-        first = generation * self.plan.num_completions * (1 + self.config.max_resamplings)
-        answers, times = self._answer(state, self.prompts, numbers, self.plan.num_generations, first)
-        if self.config.dynamic_sampling:
-            answers, more = self._resampled(state, answers, generation, first)
-            times = {name: seconds + more.get(name, 0.0) for name, seconds in times.items()}
-        began = time.perf_counter()
-        dull = [] if self._needs_equal_rewards else self._dull(answers)
-        lengths = [len(completion.tokens) for completion in answers.completions]
-        read = [i // self.plan.num_generations not in dull for i in range(len(lengths))]
-        rows = deal([length * is_read for length, is_read in zip(lengths, read, strict=True)], self.plan)
-        options = {"group_size": self.plan.num_generations, "branches": self._branches}
-        columns = rows_of(answers, rows, read, **options)
-        batches, advantages = self._appraise(state, columns)
-        ordered = np.zeros(len(answers.completions), np.float32)
-        for row, members in enumerate(rows):
-            ordered[members] = advantages[row, : len(members)]
-        times["appraise"] = time.perf_counter() - began
-        self._record(step, answers, ordered)
-        metrics = completion_metrics(answers.completions) | reward_metrics(
-            self._scores(answers, self.plan.num_generations)
+    def _draw_generation(self, state: Any, generation: int) -> Drawn:
+        return self._draw(
+            state, self.prompts, self._numbers(generation), self.plan.num_generations, self._first(generation)
         )
-        return batches, metrics, times
+
+    def _numbers(self, generation: int) -> list[int]:
+        """Of the prompts of a generation."""
+        return [self._prompt(generation * self.plan.num_prompts + i) for i in range(self.plan.num_prompts)]
+
+    def _first(self, generation: int) -> int:
+        """Number of its first completion."""
+        return generation * self.plan.num_completions * (1 + self.config.max_resamplings)
+
+    def _learn(
+        self, state: Any, drawn: Drawn, generation: int, step: int, clock: Clock
+    ) -> tuple[list[Any], dict[str, Metric]]:
+        """The batches of a generation, and metrics of its completions."""
+        with clock("reward"):
+            answers = drawn.answers()
+        if self.config.dynamic_sampling:
+            answers = self._resampled(state, answers, generation, clock)
+        with clock("appraise"):
+            dull = [] if self._needs_equal_rewards else self._dull(answers)
+            lengths = [len(completion.tokens) for completion in answers.completions]
+            read = [i // self.plan.num_generations not in dull for i in range(len(lengths))]
+            rows = deal([length * is_read for length, is_read in zip(lengths, read, strict=True)], self.plan)
+            options = {"group_size": self.plan.num_generations, "branches": self._branches}
+            batches, advantages = self._appraise(state, rows_of(answers, rows, read, **options))
+            ordered = np.zeros(len(answers.completions), np.float32)
+            for row, members in enumerate(rows):
+                ordered[members] = advantages[row, : len(members)]
+        self._record(step, answers, ordered)
+        scores = self._scores(answers, self.plan.num_generations)
+        return batches, completion_metrics(answers.completions) | reward_metrics(scores)
 
     def _scores(self, answers: Answers, per_prompt: int) -> Scores:
         return Scores(self._rewards.names, answers.scored, per_prompt, self._weights)
@@ -152,14 +214,21 @@ class Rollouts:
         epoch, index = divmod(place, len(self.prompts.tokens))
         return int(self._order(epoch)[index]) if self.config.shuffle_dataset else index
 
-    def _answer(
-        self, state: Any, prompts: Prompts, numbers: Sequence[int], per_prompt: int, first: int
-    ) -> tuple[Answers, dict[str, float]]:
-        """Completions of these prompts and their rewards; and the seconds that either took."""
-        began = time.perf_counter()
+    def _draw(self, state: Any, prompts: Prompts, numbers: Sequence[int], per_prompt: int, first: int) -> Drawn:
+        """Completions of these prompts, whose rewards are being computed."""
         sampled = self._complete(state, prompts, numbers, per_prompt, first)
+        return self._given(prompts, numbers, per_prompt, sampled)
+
+    def _restored(self, arrays: Mapping[str, Any]) -> Drawn:
+        """The generation that was sampled ahead of the one that a checkpoint is in."""
+        numbers = self._numbers(-(-self._next // self.plan.num_steps))
+        ids = [self.prompts.tokens[i] for i in numbers for _ in range(self.plan.num_generations)]
+        sampled = Sampled(ids, _completions(arrays), {})
+        return self._given(self.prompts, numbers, self.plan.num_generations, sampled)
+
+    def _given(self, prompts: Prompts, numbers: Sequence[int], per_prompt: int, sampled: Sampled) -> Drawn:
+        """Completions, given to the reward functions."""
         completions = sampled.completions
-        done = time.perf_counter()
         each = [i for i in numbers for _ in range(per_prompt)]
         columns = {name: [cells[i] for i in each] for name, cells in prompts.columns.items()}
         asked = columns.pop("prompt")
@@ -171,34 +240,54 @@ class Rollouts:
             "completions": texts,
             "completion_ids": [completion.tokens for completion in completions],
         }
-        scored = self._rewards(arguments, [prompts.rows[i] for i in each])
-        times = {"generation": done - began, "reward": time.perf_counter() - done}
-        return Answers(each, sampled.prompt_ids, completions, texts, scored), times
+        scored = self._scoring.submit(self._rewards, arguments, [prompts.rows[i] for i in each])
+        return Drawn(each, sampled, texts, scored)
 
-    def _resampled(self, state: Any, answers: Answers, generation: int, first: int) -> tuple[Answers, dict[str, float]]:
+    def _resampled(self, state: Any, answers: Answers, generation: int, clock: Clock) -> Answers:
         """Other prompts where rewards do not differ, as long as there are such and tries are left.
 
         Yu et al., 2025, "DAPO", arXiv:2503.14476, equation 11.
         """
-        spent: dict[str, float] = {}
         rng = np.random.default_rng([self._seed, generation])
         for attempt in range(1, self.config.max_resamplings + 1):
             dull = self._dull(answers)
             if not dull:
                 break
             numbers = rng.integers(len(self.prompts.tokens), size=len(dull)).tolist()
-            begin = first + attempt * self.plan.num_completions
-            others, times = self._answer(state, self.prompts, numbers, self.plan.num_generations, begin)
-            spent = {name: seconds + spent.get(name, 0.0) for name, seconds in times.items()}
+            begin = self._first(generation) + attempt * self.plan.num_completions
+            with clock("generation"):
+                drawn = self._draw(state, self.prompts, numbers, self.plan.num_generations, begin)
+            with clock("reward"):
+                others = drawn.answers()
             better = [i for i in range(len(dull)) if i not in self._dull(others)]
             places = dict(zip(dull, better, strict=False))
             answers = answers.replaced(places, others, self.plan.num_generations)
-        return answers, spent
+        return answers
 
     def _dull(self, answers: Answers) -> list[int]:
         """Groups whose completions are all rewarded alike."""
         values = self._scores(answers, self.plan.num_generations).summed.reshape(-1, self.plan.num_generations)
         return [i for i, group in enumerate(values) if len(set(group[~np.isnan(group)].tolist())) < 2]
+
+
+def _arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+    """Completions as a checkpoint keeps them, [N] and [N, T]."""
+    lengths = np.array([len(completion.tokens) for completion in completions], np.int32)
+    tokens = np.zeros((len(lengths), lengths.max()), np.int32)
+    logps = np.zeros(tokens.shape, np.float32)
+    for row, completion in enumerate(completions):
+        tokens[row, : lengths[row]], logps[row, : lengths[row]] = completion.tokens, completion.logps
+    ended = np.array([completion.ended for completion in completions], np.float32)
+    return {"tokens": tokens, "logps": logps, "lengths": lengths, "ended": ended}
+
+
+def _completions(arrays: Mapping[str, Any]) -> list[Completion]:
+    """The same completions again."""
+    tokens, logps, lengths, ended = (np.asarray(arrays[name]) for name in ("tokens", "logps", "lengths", "ended"))
+    return [
+        Completion(tokens[row, :length].tolist(), logps[row, :length].tolist(), bool(ended[row]))
+        for row, length in enumerate(lengths.tolist())
+    ]
 
 
 def _value(metric: Metric) -> float:

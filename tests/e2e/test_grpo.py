@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -140,6 +141,7 @@ def test_completions_that_are_rewarded_alike_are_not_read_and_change_nothing(
         ),
         ("rloo", "--top_k 100 --top_p 0.95 --min_p 0.01 --repetition_penalty 1.1"),
         ("rloo", "--baseline batch --beta 0 --steps_per_generation 2"),
+        ("grpo", "--generate_ahead true --loss_type vespo"),
     ],
 )
 def test_other_ways_to_train(tiny_folder, home, tmp_path, method, flags):
@@ -147,7 +149,7 @@ def test_other_ways_to_train(tiny_folder, home, tmp_path, method, flags):
     log = logged(tmp_path / "out")
     assert all(np.isfinite(value) for row in log for value in row.values())
     assert any(row["grad_norm"] > 0 for row in log)
-    if "--top_k" not in flags:  # which the sampler sees and the trainer does not
+    if "--top_k" not in flags and "ahead" not in flags:  # the first of which the sampler sees and the trainer does not
         assert all(row["sampling/sampling_logp_difference/max"] < 1e-5 for row in log)
 
 
@@ -293,3 +295,31 @@ def test_rollout_functions_in_python_and_bad_ones(tiny_folder, home, tmp_path, c
         GRPOTrainer(str(tiny_folder), args=config, rollout_func=three, **options).train()
     assert run("grpo", tiny_folder, home, tmp_path / "none", "--rollout_func none.py:f") == 2
     assert "rollout_func is 'none.py:f'; give file.py:function" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [("grpo", ""), ("grpo", "--steps_per_generation 2 --dynamic_sampling true"), ("rloo", "--beta 0")],
+)
+def test_completions_sampled_ahead_are_weighted_and_survive_a_restart(method, flags, tiny_folder, home, tmp_path):
+    flags = f"{flags} --generate_ahead true --importance_sampling_cap 1.5 --save_steps 1 --max_steps 5"
+    assert run(method, tiny_folder, home, tmp_path / "whole", flags) == 0
+    log = logged(tmp_path / "whole")
+    size = 2 if "steps_per" in flags else 1
+    assert log[0]["sampling/sampling_logp_difference/max"] < 1e-5  # nothing was there before the first
+    for row in log[size:]:
+        assert row["sampling/sampling_logp_difference/max"] > 1e-4
+        ratio = [row[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max")]
+        assert ratio == sorted(ratio) and ratio[0] < ratio[2] <= 1.5
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    assert run(method, tiny_folder, home, tmp_path / "resumed", f"{flags} --resume_from_checkpoint 3") == 0
+    again = logged(tmp_path / "resumed")
+    assert [row["loss"] for row in again] == [row["loss"] for row in log]
+    assert_same(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
+
+
+def test_a_rollout_function_cannot_be_ahead(tiny_folder, home, tmp_path, capsys):
+    (home / "rollout.py").write_text(ROLLOUT)
+    flags = f"--rollout_func {home}/rollout.py:plain --generate_ahead true"
+    assert run("grpo", tiny_folder, home, tmp_path / "out", flags) == 2
+    assert "generate_ahead cannot keep what a rollout_func returns" in capsys.readouterr().err

@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Threads of XLA's pool. A device may wait in several collectives at once, each with a thread; with no more threads than
-# devices, one device then has none left, and all wait for ever.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
+# A device that waits in several collectives at once takes a thread for each, and eight of them can wait for ever: in
+# program order there is one at a time, and with NPROC there are threads to spare.
 os.environ.setdefault("NPROC", "16")
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -41,15 +41,15 @@ fi
 "$python" -m jaxpost.data.word_problems --output_dir "$output/data"
 head -n 1 "$output/data/test.jsonl" > "$output/prompt.jsonl"
 ask() {
-  "$python" -m jaxpost generate --model_name_or_path "$1" --dataset_name "$output/prompt.jsonl" \
-    --output_file "$output/$2.jsonl" --max_new_tokens 160 --temperature 0 --batch_size 1
+  "$python" -m jaxpost generate --model_name_or_path "$1" --output_file "$output/$2.jsonl" \
+    --dataset_name "$output/$3.jsonl" --max_new_tokens "$4" --temperature 0
 }
 echo "asking the model before training"
-ask "$gguf" before
+ask "$gguf" before prompt 160
 "$python" -m jaxpost sft --config configs/sft_quickstart.yaml --model_name_or_path "$gguf" \
   --dataset_name "$output/data" --output_dir "$output"
 echo "asking it after training"
-ask "$output" after
+ask "$output" after prompt 160
 "$python" - "$output" <<'PY'
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
@@ -63,16 +63,12 @@ print(f"output: {folder}")
 PY
 
 "$python" -m jaxpost.data.sums --output_dir "$output/sums"
-add() {
-  "$python" -m jaxpost generate --model_name_or_path "$1" --dataset_name "$output/sums" --dataset_split test \
-    --output_file "$output/$2.jsonl" --max_new_tokens 12 --temperature 0
-}
 echo "asking the first model for sums"
-add "$gguf" sums_before
+ask "$gguf" sums_before sums/test 12
 "$python" -m jaxpost grpo --config configs/grpo_sums.yaml --model_name_or_path "$gguf" \
   --dataset_name "$output/sums" --output_dir "$output/grpo"
 echo "asking again"
-add "$output/grpo" sums_after
+ask "$output/grpo" sums_after sums/test 12
 "$python" - "$output" <<'PY'
 import json, pathlib, sys
 from jaxpost.rl.builtin_rewards import numeric_answer

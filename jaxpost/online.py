@@ -32,9 +32,10 @@ from jaxpost.pipeline import rows_of
 from jaxpost.rl.generate import Completion, generate
 from jaxpost.rl.plan import Plan, plan
 from jaxpost.rl.report import Recorder
+from jaxpost.rl.reward_worker import name_of
 from jaxpost.rl.rewards import RewardFunctionsConfig, Rewards
 from jaxpost.rl.rollout import Rollouts, Sampled
-from jaxpost.rl.rollout_func import Limits, Policy, RolloutFunction, called, name_of, rollout_function
+from jaxpost.rl.rollout_func import Limits, Policy, RolloutFunction, called, rollout_function
 from jaxpost.rl.rows import Answers
 from jaxpost.rl.sampling import SamplingConfig
 from jaxpost.rl.stopping import stopper

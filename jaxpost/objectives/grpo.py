@@ -32,7 +32,13 @@ from jaxpost.objectives.grpo_losses import (
     vespo_weight,
 )
 from jaxpost.objectives.logps import next_tokens, score_batch
-from jaxpost.objectives.online import ClippedBase, clip_metrics, importance_metrics, sampling_difference
+from jaxpost.objectives.online import (
+    ClippedBase,
+    clip_metrics,
+    importance_metrics,
+    moved_since_sampling,
+    sampling_difference,
+)
 from jaxpost.objectives.sequences import exists, mean_per_example, per_example, per_token
 from jaxpost.options import one_of, option
 
@@ -120,13 +126,12 @@ class GRPO(ClippedBase):
             present=exists(batch).reshape(-1),
         )
         batch = {**batch, "advantages": advantages.reshape(shape)}
-        if reused or stale:
-            batch["old_logps"] = self.token_logps(policy, batch)
         if stale and self.loss_type == "vespo":  # whose weight is of sequences, from what they were sampled with
             batch["old_logps"] = batch["sampled_logps"]
-        elif stale:
-            moved = jnp.where(next_tokens(batch)[1], batch["old_logps"] - batch["sampled_logps"], 0.0)
-            batch["importance"] = truncated_weight(moved, self.importance_sampling_cap)
+        elif reused or stale:
+            batch["old_logps"] = self.token_logps(policy, batch)
+        if stale and self.loss_type != "vespo":
+            batch["importance"] = truncated_weight(moved_since_sampling(batch), self.importance_sampling_cap)
         if reference is not None:
             batch["ref_logps"] = self.token_logps(reference, batch)
         return batch

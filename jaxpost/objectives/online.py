@@ -101,6 +101,11 @@ class ClippedBase(OnlineBase):
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
 
+def moved_since_sampling(batch: Batch) -> Float[Array, "B T"]:
+    """Log of how much likelier each token of a completion was to the policy at appraisal than when it was sampled."""
+    return jnp.where(next_tokens(batch)[1], batch["old_logps"] - batch["sampled_logps"], 0.0)
+
+
 def importance_metrics(
     weight: Float[Array, "B S"] | Float[Array, "B T"], mask: Bool[Array, "B S"] | Bool[Array, "B T"]
 ) -> dict[str, Metric]:

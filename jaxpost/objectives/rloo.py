@@ -25,7 +25,14 @@ from jaxpost.objectives.grpo_losses import (
     weighted_rewards,
 )
 from jaxpost.objectives.logps import next_tokens, score_batch
-from jaxpost.objectives.online import ClippedBase, check_bounds, clip_metrics, importance_metrics, sampling_difference
+from jaxpost.objectives.online import (
+    ClippedBase,
+    check_bounds,
+    clip_metrics,
+    importance_metrics,
+    moved_since_sampling,
+    sampling_difference,
+)
 from jaxpost.objectives.sequences import exists, per_example
 from jaxpost.options import one_of, option
 
@@ -67,8 +74,8 @@ class RLOO(ClippedBase):
         if reused or stale or reference is not None:
             batch = {**batch, "old_logps": self.token_logps(policy, batch)}
         if stale:
-            moved = jnp.where(next_tokens(batch)[1], batch["old_logps"] - batch["sampled_logps"], 0.0)
-            batch["importance"] = truncated_weight(per_example(moved, batch), self.importance_sampling_cap)
+            moved = per_example(moved_since_sampling(batch), batch)
+            batch["importance"] = truncated_weight(moved, self.importance_sampling_cap)
         if reference is not None:
             batch["kl"] = batch["old_logps"] - self.token_logps(reference, batch)
             rewards = rewards - self.beta * per_example(batch["kl"], batch)

@@ -49,6 +49,11 @@ class Answer(NamedTuple):
     columns: dict[str, list[Any]]
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function is called."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def find(source: Source) -> Callable[..., Any]:
     """Import the function.
 

@@ -26,7 +26,7 @@ import numpy as np
 from jaxpost.errors import ConfigError, RewardError
 from jaxpost.options import nearest, option
 from jaxpost.rl.builtin_rewards import FACTORIES, FUNCTIONS, accuracy_reward, builtin
-from jaxpost.rl.reward_worker import Answer, Source, ask, describe
+from jaxpost.rl.reward_worker import Answer, Source, ask, describe, name_of
 
 START_SECONDS = 300.0  # for a function's imports
 LEAST_SECONDS = 1.0  # that a single completion is given
@@ -311,7 +311,7 @@ def _named(function: str | Callable[..., Any]) -> tuple[str, Runner]:
     """
     if isinstance(function, str):
         return _by_name(function)
-    name = getattr(function, "__name__", type(function).__name__)
+    name = name_of(function)
     module, place = getattr(function, "__module__", None), getattr(function, "__qualname__", "<")
     # What `__main__` defines cannot be imported without running it again.
     if module in (None, "__main__", "builtins") or "<" in place or not inspect.isfunction(function):

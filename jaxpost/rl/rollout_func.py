@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxpost.errors import ConfigError, RolloutError
 from jaxpost.rl.generate import Completion
-from jaxpost.rl.reward_worker import Source, describe, find
+from jaxpost.rl.reward_worker import Source, describe, find, name_of
 
 RolloutFunction = Callable[[list[Any], "Policy"], Mapping[str, Any]]
 NEEDED = ("prompt_ids", "completion_ids", "logprobs")
@@ -133,7 +133,7 @@ def called(
     for number, (prompt, ids, logps, mask) in enumerate(zip(*found, masks, strict=True)):
         try:
             read.append(_completion(prompt, ids, logps, mask, limits))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise RolloutError(f"rollout_func {name}, completion {number + 1}: {error}") from error
     return [prompt for prompt, _ in read], [completion for _, completion in read], dict(columns)
 
@@ -172,11 +172,6 @@ def _ids(values: Any) -> list[int]:
         return [int(value) for value in values]
     except TypeError as error:
         raise ValueError(f"{values!r} is no list of token ids") from error
-
-
-def name_of(function: RolloutFunction) -> str:
-    """What a function is called."""
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def rollout_function(named: RolloutFunction | str | None) -> RolloutFunction | None:

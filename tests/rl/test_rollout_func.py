@@ -49,6 +49,7 @@ def test_what_is_returned_becomes_completions_and_columns():
         ({"logprobs": [[float("nan")] * 3, [-1.0], [-1.0] * 2, [-1.0] * 2]}, "completion 1: .* finite"),
         ({"prompt_ids": [[5] * 10, [5], [7], [7]]}, "completion 1: 10 \\+ 3 tokens; the model reads 12"),
         ({"env_mask": [[0, 0, 0], [1], [1, 1], [1, 1]]}, "completion 1: env_mask is 0 everywhere"),
+        ({"logprobs": [[None] * 3, [-1.0], [-1.0] * 2, [-1.0] * 2]}, "completion 1: float"),
         ({"prompt_ids": [5, 6, 7, 8]}, "completion 1: 5 is no list of token ids"),
     ],
 )

@@ -2,6 +2,6 @@
 
 import sys
 
-from jaxpost.cli import main
+from jaxpost.cli import entry
 
-sys.exit(main())
+sys.exit(entry())

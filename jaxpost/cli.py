@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from jaxpost.errors import ConfigError, JaxpostError
+from jaxpost.errors import ConfigError, JaxpostError, PreemptedError
 from jaxpost.options import nearest
 
+MOST_YAML = 1_000_000  # bytes
+MOST_NESTED = 16
 USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
 
   sft        supervised fine-tuning
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 2 configuration, 3 data, 77 not finite, 78 checkpoint.
+        The exit code: 0 done, 2 configuration, 3 data, 75 told to stop and saved, 77 not finite, 78 checkpoint. A run
+        that is stuck ends the process with 76.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -54,6 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxpost: interrupted", file=sys.stderr)
         return 130
+
+
+def entry() -> int:
+    """`main` as a process: told to stop, it does not wait for the threads of reward functions."""
+    code = main()
+    if code == PreemptedError.exit_code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _run(command: str, flags: list[str]) -> int:
@@ -182,7 +195,11 @@ def _file_flags(path: Path, known: set[str]) -> list[str]:
     import yaml
 
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if path.is_file() and path.stat().st_size > MOST_YAML:
+            raise ConfigError(f"--config {path}: {path.stat().st_size / 1e6:.0f} MB; that is no file of flags")
+        text = path.read_text(encoding="utf-8")
+        _check_nesting(path, text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -207,6 +224,18 @@ def _file_flags(path: Path, known: set[str]) -> list[str]:
         words = [_word(value) for value in values]
         flags += [f"--{key}={words[0]}"] if isinstance(value_node, yaml.ScalarNode) else [f"--{key}", *words]
     return flags
+
+
+def _check_nesting(path: Path, text: str) -> None:
+    """Refuse what would take a parser long, or grow when it is written out: deep nesting, and aliases."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_NESTED or isinstance(event, yaml.AliasEvent):
+            what = "an alias" if isinstance(event, yaml.AliasEvent) else "nested too deeply"
+            raise ConfigError(f"--config {path}, line {event.start_mark.line + 1}: {what}; write the values out")
 
 
 def _word(node: Any) -> str:

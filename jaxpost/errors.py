@@ -27,6 +27,12 @@ class RolloutError(DataError):
     """A rollout function that raises, or returns what is no rollout."""
 
 
+class PreemptedError(JaxpostError):
+    """The run has been told to stop; what it has is saved, and the same command continues it."""
+
+    exit_code = 75
+
+
 class NonFiniteError(JaxpostError):
     """The loss or the gradient is not a number."""
 

@@ -34,17 +34,20 @@ from jaxpost.objectives.reward import Reward
 from jaxpost.objectives.rloo import RLOO
 from jaxpost.objectives.sft import SFT
 from jaxpost.options import check_parts, option
+from jaxpost.processes import ProcessesConfig
 from jaxpost.rl.plan import EpochsConfig, RolloutConfig
 from jaxpost.rl.rewards import RewardFunctionsConfig
 from jaxpost.rl.sampling import SamplingConfig
 from jaxpost.sharding import MeshConfig
-from jaxpost.train.checkpoint import CheckpointConfig
+from jaxpost.train.checkpoint_config import CheckpointConfig
 from jaxpost.train.evaluate import EvalConfig
 from jaxpost.train.logging import LoggingConfig
 from jaxpost.train.loop import LoopConfig
 from jaxpost.train.optim import OptimConfig
 from jaxpost.train.reference import ReferenceConfig
 from jaxpost.train.schedule import check_number
+from jaxpost.train.spikes import SpikeConfig
+from jaxpost.watch import WatchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +65,15 @@ class TrainConfig(
     CheckpointConfig,
     LoggingConfig,
     MeshConfig,
+    ProcessesConfig,
+    WatchConfig,
+    SpikeConfig,
 ):
     """The fields that every method shares; each is declared beside the code that reads it."""
 
-    compilation_cache_dir: str = option("~/.cache/jaxpost/xla", "Folder for compiled programs; empty for none.")
+    compilation_cache_dir: str = option(
+        "~/.cache/jaxpost/xla", "Folder for compiled programs; empty for none.", may_change=True
+    )
 
     def __post_init__(self) -> None:
         check_parts(self)

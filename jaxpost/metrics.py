@@ -1,9 +1,9 @@
 """What losses and metrics are returned as: sums that have not been divided yet, and extremes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +154,15 @@ class Tally:
             for name, (total, squares, count) in self._variances.items()
         }
         return means | contrasts | variances | self._extremes
+
+    def kept(self) -> list[dict[str, Any]]:
+        """What a checkpoint keeps of it, in JSON's types."""
+        return [dict(part) for part in (self._sums, self._contrasts, self._variances, self._extremes)]
+
+    def resume(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from there."""
+        for part, values in zip((self._sums, self._contrasts, self._variances, self._extremes), kept, strict=True):
+            part |= values
 
     def clear(self) -> None:
         """Begin anew."""

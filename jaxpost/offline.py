@@ -17,6 +17,7 @@ from jaxpost.options import one_of
 from jaxpost.pipeline import Pipeline
 from jaxpost.sharding import put
 from jaxpost.train.evaluate import ComputeMetrics, Evaluation
+from jaxpost.train.manifest import DIGEST
 from jaxpost.train.precompute import reference_logps
 from jaxpost.train.reference import Reference
 from jaxpost.train.state import TrainState
@@ -104,9 +105,9 @@ class Offline:
         """Optimizer steps in which every row is seen once."""
         return self.loader.steps_per_epoch
 
-    def fingerprint(self) -> str:
-        """What the batches depend on."""
-        return self.loader.fingerprint()
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on with these batches must have in common with it, beside its flags."""
+        return {"rows": DIGEST + self.loader.packs.digest(), "rows of a step": self.pipeline.train_size()}
 
     def source(self, run: Run, state: TrainState, step: Programs) -> RowSource:
         """Batches from the next step on, on the devices before they are needed; compiles the step for their shapes."""

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from jaxpost.base_model import BaseModel
 from jaxpost.data.bad_rows import BadRows
 from jaxpost.data.chat import encode_prompt
-from jaxpost.data.fingerprint import digest
 from jaxpost.data.prompts import Prompts, read_prompts
 from jaxpost.data.rows import Rows, as_rows
 from jaxpost.data.tokenizer import eos_ids
@@ -41,6 +40,7 @@ from jaxpost.rl.sampling import SamplingConfig
 from jaxpost.rl.stopping import stopper
 from jaxpost.scoring import score
 from jaxpost.sharding import batch_groups, put, rows_sharding
+from jaxpost.train.manifest import DIGEST
 from jaxpost.train.state import TrainState, merge
 from jaxpost.train.step import InParts, Programs, remembered, split_batch
 
@@ -104,11 +104,16 @@ class Online:
         """Parts of an optimizer step that gradients are added up over."""
         return self.plan.num_micro_batches
 
-    def fingerprint(self) -> str:
-        """What the batches depend on, beside the policy."""
-        chosen = (self.plan, self.args.seed, self.args.shuffle_dataset, part_of(self.args, SamplingConfig))
-        made = [] if self.rollout_func is None else [name_of(self.rollout_func)]
-        return digest(self.prompts.digest(), self.rewards.names, self.args.max_completion_length, *chosen, *made)
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on with these completions must have in common with it, beside its flags."""
+        numbers = (self.plan.num_prompts, self.plan.num_generations, self.plan.num_parts, self.plan.num_iterations)
+        names = ("prompts of a generation", "completions of a prompt", "parts of a generation", "passes over it")
+        return {
+            "prompts": DIGEST + self.prompts.digest(),
+            "rewards": self.rewards.names,
+            "rollout function": None if self.rollout_func is None else name_of(self.rollout_func),
+            **dict(zip(names, numbers, strict=True)),
+        }
 
     def source(self, run: Run, state: TrainState, step: Programs) -> Rollouts:
         """Completions from the next step on."""

@@ -7,17 +7,32 @@ from typing import Any
 from jaxpost.errors import ConfigError
 
 
-def option(default: Any, help: str) -> Any:
+class _Help(str):
+    """The help text of a field, with what else is known of it: all other metadata would be handed to argparse."""
+
+    may_change: bool
+
+
+def option(default: Any, help: str, *, may_change: bool = False) -> Any:
     """A dataclass field with the help text that the command line shows.
 
     Args:
         default: the default value; a list is copied for each instance.
         help: one line for `--help`.
+        may_change: a run that is continued may have another value than before, and what it learns is the same.
     """
-    metadata = {"help": help.replace("%", "%%")}  # argparse formats it
+    text = _Help(help.replace("%", "%%"))  # argparse formats it
+    text.may_change = may_change
+    metadata = {"help": text}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def lasting(config: Any) -> dict[str, Any]:
+    """The fields of a config that a run cannot change on its way."""
+    fields = [field for field in dataclasses.fields(config) if not field.metadata["help"].may_change]
+    return {field.name: getattr(config, field.name) for field in fields}
 
 
 def one_of(name: str, value: str, choices: list[str] | tuple[str, ...]) -> str:

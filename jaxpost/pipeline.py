@@ -58,14 +58,14 @@ class Pipeline(NamedTuple):
         loader = self.train_loader(train_rows)
         return loader, None if eval_rows is None else self.eval_loader(eval_rows)
 
-    def _train_size(self) -> int:
+    def train_size(self) -> int:
         """Packs of an optimizer step."""
         args = self.args
         return args.per_device_train_batch_size * self.groups * args.gradient_accumulation_steps
 
     def train_loader(self, rows: Rows) -> Loader:
         """Batches of an optimizer step each."""
-        args, size, needed = self.args, self._train_size(), None
+        args, size, needed = self.args, self.train_size(), None
         if args.dataset_streaming:  # it may have no end
             if args.max_steps < 1:
                 raise ConfigError("dataset_streaming needs --max_steps: a stream has no length")

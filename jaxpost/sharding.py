@@ -87,7 +87,9 @@ class MeshConfig:
     """How the devices are arranged."""
 
     mesh: str | None = option(
-        None, "Mesh axes, e.g. fsdp=8 or fsdp=4,tensor=2; one may be -1. Default: fsdp=all devices."
+        None,
+        "Mesh axes, e.g. fsdp=8 or fsdp=4,tensor=2; one may be -1. Default: fsdp=all devices.",
+        may_change=True,
     )
 
 

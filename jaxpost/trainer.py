@@ -6,16 +6,20 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from jaxpost.base_model import open_base
+from jaxpost.data.fingerprint import digest
 from jaxpost.errors import ConfigError
+from jaxpost.locks import run_lock
 from jaxpost.methods import CompletionsConfig, Method, OnlineConfig, changed_fields, config_yaml, suited_to
 from jaxpost.models.actor_critic import ActorCritic, save_critic, trainable_of
 from jaxpost.models.adapters import active_config
@@ -24,24 +28,30 @@ from jaxpost.models.lora import with_dropout
 from jaxpost.models.lora_config import LoraConfig, PeftConfig, as_lora_config
 from jaxpost.models.peft import save_adapter
 from jaxpost.models.transformer import Decoder
-from jaxpost.objectives.base import Objective
+from jaxpost.objectives.base import Batch, Objective
 from jaxpost.offline import Offline, Run
 from jaxpost.online import Online
-from jaxpost.options import part_of
+from jaxpost.options import lasting, part_of
 from jaxpost.pipeline import Pipeline
+from jaxpost.processes import is_main, join
 from jaxpost.ref_model import load_reference
 from jaxpost.rl.rollout_func import RolloutFunction
-from jaxpost.sharding import batch_groups, make_mesh
-from jaxpost.train.checkpoint import Checkpoints
+from jaxpost.sharding import batch_groups, make_mesh, shardings
+from jaxpost.train.checkpoint import Checkpoints, Restored
+from jaxpost.train.checksum import checksums
 from jaxpost.train.evaluate import ComputeMetrics
 from jaxpost.train.logging import RunLog
-from jaxpost.train.loop import Schedule, fit
+from jaxpost.train.loop import LENGTHS, Loop
+from jaxpost.train.manifest import DIGEST
+from jaxpost.train.meter import Schedule
 from jaxpost.train.optim import check_loraplus, make_optimizer, make_schedule
 from jaxpost.train.reference import follow
 from jaxpost.train.report import write_curves, write_model_card
-from jaxpost.train.state import create_state, decay_mask, merge, snapshot
+from jaxpost.train.spikes import no_norms
+from jaxpost.train.state import TrainState, create_state, decay_mask, merge, snapshot
 from jaxpost.train.step import Programs, make_annotate, make_step
 from jaxpost.value_model import load_value_model
+from jaxpost.watch import phase, watching
 
 Feed = Offline | Online
 
@@ -92,6 +102,7 @@ class Trainer:
             raise ConfigError(f"--output_dir {self.output_dir} is a file; give a folder")
         if cache := self.args.compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+        join(self.args)
         self.mesh = make_mesh(self.args.mesh)
         lora = self.args.lora_config() if self.args.use_peft else None
         lora = lora if peft_config is None else as_lora_config(peft_config)
@@ -128,58 +139,85 @@ class Trainer:
         Returns:
             The last logged metrics of training and evaluation; with load_best_model_at_end those of the best model.
         """
-        args, total = self.args, self.feed.num_steps
+        try:
+            lock = run_lock(self.output_dir) if is_main() else nullcontext()
+            with lock, watching(self.args, listens=jax.process_count() == 1):
+                return self._trained()
+        finally:
+            self.feed.close()
+
+    def _trained(self) -> dict[str, float]:
+        args, total, folder = self.args, self.feed.num_steps, self.output_dir / "checkpoints"
         schedule = make_schedule(args, total)
         optimizer = make_optimizer(args, schedule, decay_mask)
         with jax.set_mesh(self.mesh):
-            graphdef, state = create_state(self.model, optimizer, self.trainable, self.mesh, self.objective.remembers)
-            moving = self.reference if self.reference is not None and args.sync_ref_model else None
-            if moving is not None:
-                state = dataclasses.replace(state, reference=moving.arrays)
-            checkpoints = Checkpoints(self.output_dir / "checkpoints", args, self.feed.fingerprint())
-            state, facts = checkpoints.restore(state) or (state, {"num_tokens": 0})
-            kept = checkpoints.kept(state, facts)
-            num_parts = self.feed.num_micro_batches
-            annotate = make_annotate(self.objective, graphdef, self.reference, num_parts=num_parts)
-            step = Programs(
-                make_step(
-                    self.objective,
-                    graphdef,
-                    state,
-                    optimizer,
-                    schedule,
-                    max_grad_norm=args.max_grad_norm,
-                    num_micro_batches=num_parts,
-                    seed=args.seed,
-                    training=self._as_trained,
-                    follow=follow(args, self._followed) if moving else lambda state: None,
-                )
-            )
-            with self._log(total, int(state.step)) as log:
-                run = Run(self.objective, graphdef, self.reference, annotate, int(state.step), kept)
-                state = fit(
-                    state,
-                    source=self.feed.source(run, state, step),
-                    annotate=annotate,
-                    step=step,
-                    evaluate=self.feed.evaluation(run, state) if args.evaluates else None,
-                    save=checkpoints.save,
-                    schedule=self._schedule(total),
-                    log=log,
-                    num_tokens=facts["num_tokens"],
-                )
-                best: dict[str, float] = {}
-                if args.load_best_model_at_end:
-                    state, best = checkpoints.best(state)
-                    log.message(f"the best model is that of step {int(state.step)}: {best[args.best_metric]:.6g}")
-            checkpoints.close()
-        self.feed.close()
+            graphdef, fresh = self._fresh(optimizer)
+            with Checkpoints(folder, args, self._identity(total, fresh), self.notes.append) as checkpoints:
+                with phase("compile"):
+                    state, facts, kept = checkpoints.restore(fresh) or Restored(fresh, {}, [])
+                    annotate, step = self._programs(graphdef, state, optimizer, schedule)
+                with self._log(total, int(state.step)) as log:
+                    checkpoints.tell = log.message
+                    run = Run(self.objective, graphdef, self.reference, annotate, int(state.step), kept)
+                    with phase("compile"):
+                        loop = Loop(
+                            source=self.feed.source(run, state, step),
+                            annotate=annotate,
+                            step=step,
+                            evaluate=self.feed.evaluation(run, state) if args.evaluates else None,
+                            checkpoints=checkpoints,
+                            schedule=self._schedule(total),
+                            log=log,
+                        )
+                    state, best = loop.fit(state, facts), {}
+                    with phase("save"):
+                        checkpoints.finish()
+                    if args.load_best_model_at_end:
+                        state, best = checkpoints.best(state)
+                        log.message(f"the best model is that of step {int(state.step)}: {best[args.best_metric]:.6g}")
+        with phase("save"):
+            self._take(graphdef, state)
+            self.save_model(self.output_dir)
+            return self._report(best)
+
+    def _fresh(self, optimizer: optax.GradientTransformation) -> tuple[Any, TrainState]:
+        """(graphdef, state) before the first step."""
+        args, remembers = self.args, self.objective.remembers
+        graphdef, state = create_state(self.model, optimizer, self.trainable, self.mesh, remembers)
+        if args.skip_spikes is not None:
+            norms = no_norms()
+            state = dataclasses.replace(state, norms=jax.device_put(norms, shardings(norms, self.mesh)))
+        if self._follows:
+            assert self.reference is not None
+            state = dataclasses.replace(state, reference=self.reference.arrays)
+        return graphdef, state
+
+    def _programs(
+        self, graphdef: Any, state: TrainState, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    ) -> tuple[Callable[[TrainState, Batch], Batch], Programs]:
+        """Annotation and step."""
+        args, num_parts = self.args, self.feed.num_micro_batches
+        step = make_step(
+            self.objective,
+            graphdef,
+            state,
+            optimizer,
+            schedule,
+            max_grad_norm=args.max_grad_norm,
+            num_micro_batches=num_parts,
+            seed=args.seed,
+            training=self._as_trained,
+            follow=follow(args, self._followed) if self._follows else lambda state: None,
+            skip_spikes=args.skip_spikes,
+        )
+        return make_annotate(self.objective, graphdef, self.reference, num_parts=num_parts), Programs(step)
+
+    def _take(self, graphdef: Any, state: TrainState) -> None:
+        """Make the model, and a reference that follows it, what a state says."""
         nnx.update(self.model, nnx.state(merge(graphdef, state.params, state.frozen)))
-        if moving is not None:
-            self.reference = moving._replace(arrays=state.reference)
+        if self._follows and self.reference is not None:
+            self.reference = self.reference._replace(arrays=state.reference)
         self.memory = state.memory
-        self.save_model(self.output_dir)
-        return self._report(best)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Held-out metrics of the model as it is now, by names that begin with `eval_`."""
@@ -200,6 +238,21 @@ class Trainer:
             save_adapter(self.policy, path, name, revision=revision, tokenizer=self.processing_class)
         if isinstance(self.model, ActorCritic):
             save_critic(self.model, Path(path) / "value_model", self.base.base, self.processing_class)
+
+    @property
+    def _follows(self) -> bool:
+        """Whether the reference changes, and so is part of the state."""
+        return self.reference is not None and self.args.sync_ref_model
+
+    def _identity(self, total: int, state: TrainState) -> dict[str, Any]:
+        """What this run, of so many steps and with this fresh state, and one that it continues have in common."""
+        told = {name: value for name, value in lasting(self.args).items() if name not in LENGTHS}
+        if self.args.depends_on_length:
+            told["steps of the learning-rate schedule"] = total
+        fixed = state.frozen, None if self.reference is None or self._follows else self.reference.arrays
+        weights = digest(*map(int, jax.device_get(checksums(fixed)[0])))
+        template = digest(self.processing_class.chat_template)
+        return told | self.feed.identity() | {"weights": DIGEST + weights, "chat template": DIGEST + template}
 
     def _followed(self, params: Any) -> Any:
         """Of the parameters those that a reference that follows is a copy of."""
@@ -225,9 +278,8 @@ class Trainer:
         )
 
     def _log(self, total: int, start: int) -> RunLog:
-        is_main = jax.process_index() == 0
-        log = RunLog(self.output_dir, self.args, total_steps=total, start_step=start, is_main=is_main)
-        if is_main:
+        log = RunLog(self.output_dir, self.args, total_steps=total, start_step=start, is_main=is_main())
+        if is_main():
             (self.output_dir / "config.yaml").write_text(config_yaml(self.args), encoding="utf-8")
         for note in self.notes:
             log.message(note)
@@ -235,7 +287,7 @@ class Trainer:
 
     def _report(self, best: dict[str, float]) -> dict[str, float]:
         """Curves and model card; returns the last metrics, in whose place those of the best model may stand."""
-        if jax.process_index() != 0:
+        if not is_main():
             return {}
         metrics: dict[str, float] = {}
         for line in (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():

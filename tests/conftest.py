@@ -93,6 +93,10 @@ def make_noisy_model(seed, **changes):
     return model
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="tests of faults: as many of each as the README states")
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
     """Forget what has been compiled before the process has more mappings than it may and is aborted."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 FLOOR = {
-    **dict.fromkeys(["sharding", "metrics", "errors", "options", "locks", "writing"], 1),
+    **dict.fromkeys(["sharding", "metrics", "errors", "options", "locks", "writing", "watch", "processes"], 1),
     **dict.fromkeys(["models", "data"], 2),
     **dict.fromkeys(["objectives", "rl"], 3),
     **dict.fromkeys(["train", "encode"], 4),
@@ -27,7 +27,9 @@ def imported_rooms(file):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{file}: relative import"
-            names = [node.module]
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "jaxpost" else [node.module]
+            )
         for name in names:
             parts = name.split(".")
             if parts[0] == "jaxpost" and len(parts) > 1:

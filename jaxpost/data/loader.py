@@ -27,9 +27,15 @@ PREFETCH_BATCHES = 4
 class LoaderConfig:
     """How examples become batches; the names and defaults of transformers and TRL where they have them."""
 
-    per_device_train_batch_size: int = option(8, "rows per data-parallel group in one micro-batch of training")
-    per_device_eval_batch_size: int = option(8, "rows per data-parallel group in one batch of evaluation")
-    gradient_accumulation_steps: int = option(1, "micro-batches whose gradients one optimizer step adds up")
+    per_device_train_batch_size: int = option(
+        8, "rows per data-parallel group in one micro-batch of training", may_change=True
+    )
+    per_device_eval_batch_size: int = option(
+        8, "rows per data-parallel group in one batch of evaluation", may_change=True
+    )
+    gradient_accumulation_steps: int = option(
+        1, "micro-batches whose gradients one optimizer step adds up", may_change=True
+    )
     train_sampling_strategy: str = option("random", "order of the training rows: random, sequential, group_by_length")
     pad_to_multiple_of: int | None = option(None, "round padded lengths up to this; null: 8 on CPU, 128 elsewhere")
     padding_free: bool = option(True, "put a device's examples one after the other in one row, instead of padding each")

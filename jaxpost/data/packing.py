@@ -29,7 +29,7 @@ class PackingConfig:
     packing_strategy: str = option(
         "bfd", "bfd (cuts long examples), bfd_split (splits them) or wrapped (cuts anywhere)."
     )
-    eval_packing: bool | None = option(None, "The same for evaluation; by default as packing.")
+    eval_packing: bool | None = option(None, "The same for evaluation; by default as packing.", may_change=True)
 
     def __post_init__(self) -> None:
         one_of("packing_strategy", self.packing_strategy, STRATEGIES)

@@ -27,11 +27,13 @@ class DatasetConfig:
     """Which rows to read; the names are those of TRL's ScriptArguments and DatasetMixtureConfig."""
 
     dataset_name: str | None = option(
-        None, "a .json, .jsonl, .parquet or .arrow file, a folder or glob of them, or a Hub id"
+        None,
+        "a .json, .jsonl, .parquet or .arrow file, a folder or glob of them, or a Hub id",
+        may_change=True,
     )
-    dataset_config: str | None = option(None, "configuration of the dataset, where it has several")
+    dataset_config: str | None = option(None, "configuration of the dataset, where it has several", may_change=True)
     dataset_train_split: str = option("train", "split to train on")
-    dataset_test_split: str = option("test", "split to evaluate on")
+    dataset_test_split: str = option("test", "split to evaluate on", may_change=True)
     dataset_streaming: bool = option(False, "read rows as they are needed and never all of them; needs max_steps")
     datasets: list[dict] = option(
         [], "a mixture in place of dataset_name: path, name, data_dir, data_files, split, columns, fraction or weight"

@@ -40,7 +40,9 @@ class StoreConfig:
     """Where tokenised rows are kept."""
 
     tokenized_cache_dir: str = option(
-        "~/.cache/jaxpost/tokenized", "Folder that keeps tokenised rows for the next run; empty for none."
+        "~/.cache/jaxpost/tokenized",
+        "Folder that keeps tokenised rows for the next run; empty for none.",
+        may_change=True,
     )
 
 

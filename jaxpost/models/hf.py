@@ -42,11 +42,13 @@ Bounds = tuple[tuple[int, int], ...]
 class ModelArguments:
     """Which model, and in which numbers."""
 
-    model_name_or_path: str | None = option(None, "Hub id, local Hugging Face folder or .gguf file.")
-    model_revision: str = option("main", "Branch, tag or commit of a hub model.")
+    model_name_or_path: str | None = option(None, "Hub id, local Hugging Face folder or .gguf file.", may_change=True)
+    model_revision: str = option("main", "Branch, tag or commit of a hub model.", may_change=True)
     dtype: str = option("float32", "Parameters: float32, bfloat16 or float16.")
     bf16: bool | None = option(None, "Compute in bfloat16; by default on accelerators, not on CPU.")
-    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing: bool = option(
+        True, "Recompute activations in the backward pass to save memory.", may_change=True
+    )
     attn_implementation: str = option("auto", "Attention kernel: auto or xla.")
     allow_nonfinite_weights: bool = option(False, "Load a model even if its weights hold NaN or infinity.")
 

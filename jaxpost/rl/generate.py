@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxpost import watch
 from jaxpost.errors import ConfigError
 from jaxpost.rl.sampling import Sampling
 from jaxpost.rl.slots import Programs, Slots, programs
@@ -24,6 +25,7 @@ LEAST_TOKENS = 64  # of a completion; for shorter ones, fewer slots are not wort
 REFILL_SHARE = 8  # slots that are free before the next prompts are read: one in so many
 PLAIN = Sampling()
 STOP_STEPS = 16  # tokens between two looks for what else ends a completion
+LOOK_STEPS = 64  # tokens after which the host looks anyway, as the run may have been told to stop
 
 
 class Completion(NamedTuple):
@@ -98,6 +100,7 @@ def generate(
     ends = jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32)
     completions: list[Completion | None] = [None] * len(queue)
     while queue or batch.active:
+        watch.check()
         batch.fill(queue, prompts, limits, num_return_sequences, first_request)
         for request, completion in batch.run(ends, sampling, seed, more=len(queue)):
             completions[request] = completion
@@ -197,7 +200,7 @@ class _Batch:
             self._compiled, *self._larger = self._larger
             self._slots = self._compiled.grown(self._slots)
         steps = self._compiled.cache_length - longest
-        steps = steps if self._stop is None else min(steps, STOP_STEPS)
+        steps = min(steps, LOOK_STEPS if self._stop is None else STOP_STEPS)
         enough = rows - active + max(1, wanted)
         self._slots = self._compiled.decode(
             self._weights, self._layers, self._slots, ends, sampling, seed, enough, steps

@@ -16,15 +16,21 @@ class GenerationConfig:
         None, "Micro-batches that one generation fills; by default gradient_accumulation_steps."
     )
     generation_batch_size: int | None = option(None, "Completions of one generation, instead of steps_per_generation.")
-    rollout_batch_size: int = option(64, "Completions per data-parallel group that are decoded together.")
+    rollout_batch_size: int = option(
+        64, "Completions per data-parallel group that are decoded together.", may_change=True
+    )
     shuffle_dataset: bool = option(True, "Take the prompts in random order.")
     dynamic_sampling: bool = option(
         False, "Sample other prompts in place of those whose completions are all rewarded alike (DAPO)."
     )
     max_resamplings: int = option(3, "How often dynamic_sampling tries.")
-    num_generations_eval: int | None = option(None, "Completions of each held-out prompt; by default num_generations.")
-    log_completions: bool = option(False, "Print some completions of each generation; all are kept in completions/.")
-    num_completions_to_print: int | None = option(None, "How many; 8 by default.")
+    num_generations_eval: int | None = option(
+        None, "Completions of each held-out prompt; by default num_generations.", may_change=True
+    )
+    log_completions: bool = option(
+        False, "Print some completions of each generation; all are kept in completions/.", may_change=True
+    )
+    num_completions_to_print: int | None = option(None, "How many; 8 by default.", may_change=True)
 
     def __post_init__(self) -> None:
         check_least(self, 1, "num_generations", "rollout_batch_size", "max_resamplings")

@@ -39,9 +39,13 @@ class RewardFunctionsConfig:
     reward_funcs: list[str] | None = option(
         None, f"Rewards: file.py:function, or built in: {', '.join((*FUNCTIONS, *FACTORIES))}; name(option=value)."
     )
-    reward_timeout: float = option(60.0, "Seconds that a reward function has for the completions of one generation.")
+    reward_timeout: float = option(
+        60.0, "Seconds that a reward function has for the completions of one generation.", may_change=True
+    )
     max_reward_failures: float = option(
-        0.5, "Stop the run when a function fails for more than this share of a generation's completions."
+        0.5,
+        "Stop the run when a function fails for more than this share of a generation's completions.",
+        may_change=True,
     )
 
     def __post_init__(self) -> None:

@@ -3,12 +3,13 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpost import watch
 from jaxpost.data.loader import shuffled
 from jaxpost.data.prompts import Prompts
 from jaxpost.metrics import Greatest, Least, Metric
@@ -17,6 +18,9 @@ from jaxpost.rl.plan import GenerationConfig, Plan
 from jaxpost.rl.report import Scores, completion_metrics, reward_metrics
 from jaxpost.rl.rewards import Rewards, Scored
 from jaxpost.rl.rows import Answers, deal, rows_of
+
+LOOK_SECONDS = 0.5
+PHASES = {"generation": "generate", "reward": "score"}  # of the watch, by what the seconds are logged as
 
 
 class Rollout(NamedTuple):
@@ -64,6 +68,8 @@ class Drawn(NamedTuple):
 
     def answers(self) -> Answers:
         """With the rewards, which are waited for."""
+        while not wait([self.scored], timeout=LOOK_SECONDS).done:
+            watch.check()
         return Answers(
             self.numbers, self.sampled.prompt_ids, self.sampled.completions, self.texts, self.scored.result()
         )
@@ -83,7 +89,8 @@ class Clock:
     def __call__(self, purpose: str) -> Iterator[None]:
         """Time the block."""
         began = time.perf_counter()
-        yield
+        with watch.phase(PHASES.get(purpose, "train")):
+            yield
         self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - began
 
 
@@ -148,7 +155,7 @@ class Rollouts:
 
     def __call__(self, state: Any) -> Rollout:
         """The batch of the next step; generates where a generation begins."""
-        step, self._next = self._next, self._next + 1
+        step = self._next
         generation, rest = divmod(step, self.plan.num_steps)
         clock, metrics = Clock(), {}
         if rest == 0:
@@ -156,8 +163,10 @@ class Rollouts:
             with clock("generation"):
                 drawn = self._drawn or self._draw_generation(state, generation)
                 ahead = self.config.is_ahead and not is_last
-                self._drawn = self._draw_generation(state, generation + 1) if ahead else None
+                drawn_ahead = self._draw_generation(state, generation + 1) if ahead else None
             self._batches, metrics = self._learn(state, drawn, generation, step, clock)
+            self._drawn = drawn_ahead
+        self._next = step + 1  # only now: what is interrupted before is done again
         return Rollout(self._batches[rest % self.plan.num_parts], metrics, clock.seconds)
 
     def kept(self) -> list[Any]:

@@ -1,56 +1,57 @@
-"""Checkpoints of a run: Orbax, asynchronous, one unit of state at step boundaries."""
+"""Checkpoints of a run: Orbax, asynchronous, one unit of state at step boundaries.
+
+Orbax restores flipped bits in silence and lists folders that it has not finished. So a step counts here when its
+manifest is there, which is written when all else is on disk; and what is read must be, bit for bit, what was saved.
+"""
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
+from etils import epath
 
-from jaxpost.errors import CheckpointError, ConfigError, one_line
+from jaxpost.errors import CheckpointError, ConfigError, NonFiniteError, one_line
 from jaxpost.objectives.base import Batch
-from jaxpost.options import one_of, option
-from jaxpost.sharding import path_of
+from jaxpost.processes import all_agree, is_main
+from jaxpost.train.checkpoint_config import CheckpointConfig
+from jaxpost.train.checksum import checksums
+from jaxpost.train.manifest import (
+    MANIFEST,
+    DamagedError,
+    Manifest,
+    arrays_of,
+    differences,
+    kept_shapes,
+    num_bytes,
+    versions,
+)
 from jaxpost.train.state import TrainState
 
+MAX_FAILURES = 3  # saves in a row that go wrong
+READ_TRIES = 3
+FIRST_WAIT = 1.0  # seconds before the second try, and twice that before the third
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When to save, and whether to continue."""
 
-    save_strategy: str = option("steps", "Save never (no), every save_steps (steps) or after each epoch (epoch).")
-    save_steps: int = option(500, "Steps between checkpoints.")
-    save_total_limit: int | None = option(None, "How many checkpoints to keep; older ones are deleted.")
-    resume_from_checkpoint: str | None = option(None, "Continue the run in output_dir: true or latest, or a step.")
+class Restored(NamedTuple):
+    """A run to go on with.
 
-    load_best_model_at_end: bool = option(False, "End with the checkpoint that was best in evaluation, not the last.")
-    metric_for_best_model: str | None = option(None, "Metric of evaluation that says which is best; loss by default.")
-    greater_is_better: bool | None = option(None, "Whether more of it is better; by default unless it ends in loss.")
+    Attributes:
+        state: of the step that was saved.
+        facts: that were saved with it.
+        kept: batches that the steps after it need, on every device.
+    """
 
-    def __post_init__(self) -> None:
-        one_of("save_strategy", self.save_strategy, ("no", "steps", "epoch"))
-        for name in ("save_steps", "save_total_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if not self.load_best_model_at_end and (self.metric_for_best_model or self.greater_is_better is not None):
-            raise ConfigError("metric_for_best_model and greater_is_better need --load_best_model_at_end")
-
-    @property
-    def best_metric(self) -> str:
-        """The metric that says which checkpoint is best, as evaluation names it."""
-        return f"eval_{(self.metric_for_best_model or 'loss').removeprefix('eval_')}"
-
-    def goodness(self, metrics: dict[str, float]) -> float:
-        """The more, the better; a metric that is missing or not a number is the worst."""
-        more = not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
-        value = float(metrics.get(self.best_metric, math.nan))
-        return -math.inf if math.isnan(value) else value if more else -value
+    state: TrainState
+    facts: dict[str, Any]
+    kept: Sequence[Batch]
 
 
 class Checkpoints:
@@ -59,23 +60,30 @@ class Checkpoints:
     Args:
         folder: made when something is saved.
         config: when to save, and whether to continue.
-        data: fingerprint of the run's batches; a resumed run must read the same ones.
+        identity: what this run and one that it continues must have in common; JSON values.
+        tell: says something to the user.
+
+    Attributes:
+        is_due: a save has gone wrong, and the next step should be saved in its place.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, data: str = ""):
-        self.folder = folder
-        self.config = config
-        self.data = data
-
-    @cached_property
-    def _manager(self) -> ocp.CheckpointManager:
-        """Made when it is first needed: it creates the folder."""
-        kept, best = preservation.LatestN(self.config.save_total_limit), None
-        if self.config.load_best_model_at_end:
-            best = self.config.goodness
-            kept = preservation.AnyPreservationPolicy([kept, preservation.BestN(get_metric_fn=best, n=1)])
-        options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=best, create=True)
-        return ocp.CheckpointManager(self.folder.absolute(), options=options)
+    def __init__(
+        self,
+        folder: Path | str,
+        config: CheckpointConfig,
+        identity: Mapping[str, Any] | None = None,
+        tell: Callable[[str], None] = print,
+    ):
+        self.folder = epath.Path(os.path.abspath(folder) if "://" not in str(folder) else folder)
+        self.config, self.identity, self.tell = config, json.loads(json.dumps(dict(identity or {}))), tell
+        self.is_due = False
+        self._failures = 0
+        self._saved: int | None = None  # the newest step that is complete
+        self._pending: tuple[int, Callable[[], Manifest]] | None = None
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.StandardCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
+        )
 
     def save(
         self,
@@ -93,74 +101,202 @@ class Checkpoints:
             facts: small JSON values that must survive with it.
             metrics: of its evaluation.
             kept: batches that steps after this one need and that cannot be made again.
-        """
-        if self._manager.latest_step() == step:
-            return
-        facts = {**facts, "arrays": _arrays(state), "data": self.data}
-        items: dict[str, Any] = {"state": ocp.args.StandardSave(_saved(state))}
-        if kept:
-            facts["kept"] = [{name: [str(x.dtype), x.shape] for name, x in batch.items()} for batch in kept]
-            items["kept"] = ocp.args.StandardSave(list(kept))
-        items["facts"] = ocp.args.JsonSave(facts)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        Raises:
+            NonFiniteError: the state is not a number; it is not saved.
+            CheckpointError: the disk is full, or several saves in a row went wrong.
+        """
+        self._attempt(self._orbax.wait_until_finished)
+        self._settle()
+        if self._saved == step:  # evaluated since
+            if is_main():
+                folder = self._place(step)
+                dataclasses.replace(Manifest.read(folder), facts=facts, metrics=metrics).write(folder)
+            return
+        tree = _saved(state) | ({"kept": list(kept)} if kept else {})
+        self._check_room(num_bytes(tree))
+        arrays, (sums, finite) = arrays_of(tree), checksums(tree)
+        for path, is_finite in zip(arrays, jax.device_get(finite), strict=True):
+            if not is_finite and not path.startswith("kept."):  # what is kept may lack a reward, which is NaN
+                raise NonFiniteError(f"the state of step {step} holds NaN or infinity ({path}); it is not saved")
+
+        def manifest() -> Manifest:
+            values = dict(zip(arrays, map(int, jax.device_get(sums)), strict=True))
+            return Manifest(step, arrays, values, {}, facts, self.identity, metrics, versions())
+
+        self._pending, self.is_due = (step, manifest), False
+        self._attempt(lambda: self._orbax.save(self._place(step), args=ocp.args.StandardSave(tree), force=True))
+
+    def check(self) -> None:
+        """Look how the save that is under way is getting on.
+
+        Raises:
+            CheckpointError: it has gone wrong, as have those before it.
+        """
+        self._attempt(self._orbax.check_for_errors)
+        self._settle()
+
+    def restore(self, state: TrainState) -> Restored | None:
         """The state to continue from, or None for a fresh run.
+
+        A checkpoint that is not what was saved is set aside, and the one before it is taken.
 
         Args:
             state: a fresh state: gives shapes, dtypes and layout, and the frozen arrays.
 
         Raises:
-            ConfigError: the folder holds a run and nobody asked to continue it, or there is no such step.
-            CheckpointError: the checkpoint does not fit this model, this optimizer or this data.
+            ConfigError: the folder holds another run, or one that is not to be continued; or there is no such step.
+            CheckpointError: no checkpoint can be read, or the one that was asked for cannot; or it is of another
+                model or optimizer.
         """
-        steps = sorted(self._manager.all_steps()) if self.folder.is_dir() else []
-        asked = self.config.resume_from_checkpoint
-        if asked in (None, "", "false", "False"):
-            if steps:
-                raise ConfigError(
-                    f"{self.folder.parent} holds a run at step {steps[-1]}: continue it with "
-                    "--resume_from_checkpoint true, or give another --output_dir"
-                )
-            return None
-        return self._restored(state, self._step(str(asked), steps))
-
-    def kept(self, state: TrainState, facts: dict[str, Any]) -> list[Batch]:
-        """The batches that were kept with a state that was restored, on every device; `facts` are taken from."""
-        layout = state.step.sharding
-        shapes = [
-            {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (dtype, shape) in batch.items()}
-            for batch in facts.pop("kept", [])
-        ]
-        return self._read(int(state.step), "kept", ocp.args.StandardRestore(shapes)) if shapes else []
+        steps, asked = self._steps(), str(self.config.resume_from_checkpoint or "").lower()
+        self._check_room(num_bytes(_saved(state)), begins=True)
+        self._clean(steps)
+        if asked == "false" and steps:
+            raise ConfigError(
+                f"{self.folder.parent} holds a run at step {steps[-1]}: leave --resume_from_checkpoint out to continue "
+                "it, or give another --output_dir"
+            )
+        named = self._named(asked, steps)
+        for step in reversed(steps) if named is None else [named]:
+            try:
+                restored = self._restored(state, step)
+            except DamagedError as error:
+                if named is not None:
+                    raise
+                self._set_aside(step, "corrupt")
+                self.tell(f"{error}; it is set aside as {step}.corrupt")
+                continue
+            for later in steps[steps.index(step) + 1 :] if named is not None else ():
+                self._set_aside(later, "superseded")
+            return restored
+        damaged = sorted(path.name for path in self.folder.glob("*.corrupt*")) if self.folder.is_dir() else []
+        if steps or damaged:
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint is whole ({', '.join(damaged)}); give another --output_dir to start anew"
+            )
+        return None
 
     def best(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         """The state that was best in evaluation, and its metrics; `state` gives shapes and layout."""
-        self._manager.wait_until_finished()
-        step = self._manager.best_step()
-        assert step is not None, "the last step is always evaluated and saved"
-        return self._restored(state, step)[0], self._manager.metrics(step) or {}
+        self.finish()
+        manifests = [Manifest.read(self._place(step)) for step in self._steps()]
+        best = max(manifests, key=lambda manifest: (self.config.goodness(manifest.metrics), manifest.step))
+        return self._restored(state, best.step).state, best.metrics
 
-    def _restored(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state))
-        facts = self._read(step, "facts", ocp.args.JsonRestore())
-        self._check(step, facts.pop("arrays"), _arrays(state))
-        if facts.pop("data") != self.data:
-            raise CheckpointError(
-                f"{self.folder / str(step)} was saved by a run over other batches: the rows, the tokenizer, its chat "
-                "template, the seed, the batch size or a data flag differ; give those of config.yaml, or another "
-                "--output_dir"
-            )
-        return dataclasses.replace(state, **self._read(step, "state", ocp.args.StandardRestore(abstract))), facts
+    def __enter__(self) -> Self:
+        return self
 
-    def _read(self, step: int, item: str, how: Any) -> Any:
+    def __exit__(self, *error: object) -> None:
+        """A save that is under way is waited for; what becomes of it is told by `finish`."""
+        with suppress(Exception):
+            self._orbax.wait_until_finished()
+        self._orbax.close()
+
+    def finish(self) -> None:
+        """Block until the last save is on disk.
+
+        Raises:
+            CheckpointError: it has gone wrong.
+        """
+        self._attempt(self._orbax.wait_until_finished)
+        self._settle()
+        if self.is_due:
+            raise CheckpointError(f"{self.folder}: the last checkpoint could not be saved")
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        """What Orbax does, which is tried again at the next step if it fails, but not for ever."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
-        except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"{self.folder / str(step)} cannot be restored: {one_line(error)}") from error
+            action()
+        except Exception as error:  # of Orbax, TensorStore or the storage
+            self._failures, self.is_due, self._pending = self._failures + 1, True, None
+            if self._failures >= MAX_FAILURES:
+                raise CheckpointError(
+                    f"{self.folder}: {self._failures} checkpoints in a row could not be saved: {one_line(error)}"
+                ) from error
+            self.tell(f"a checkpoint could not be saved ({one_line(error)}); it is tried again after the next step")
 
-    def _check(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    def _write_manifest(self) -> None:
+        """Called in the background, on the main process, when all else is written, before the folder gets its name."""
+        assert self._pending is not None
+        step, manifest = self._pending
+        manifest().write(self._orbax.get_temporary_path(self._place(step)).get())
+
+    def _settle(self) -> None:
+        """When a save has finished: delete what is not needed any more."""
+        if self._pending is None or not (self._place(self._pending[0]) / MANIFEST).exists():
+            return
+        (self._saved, _), self._pending, self._failures = self._pending, None, 0
+        for step in self._superfluous() if is_main() else ():
+            (self._place(step) / MANIFEST).unlink()  # from now on it does not count
+            self._place(step).rmtree()
+
+    def _superfluous(self) -> list[int]:
+        """Steps beyond the limit, without the best one."""
+        steps, limit = self._steps(), self.config.save_total_limit
+        old = [] if limit is None else steps[:-limit]
+        if not old or not self.config.load_best_model_at_end:
+            return old
+        goodness = {step: self.config.goodness(Manifest.read(self._place(step)).metrics) for step in steps}
+        best = max(steps, key=lambda step: (goodness[step], step))
+        return [step for step in old if step != best]
+
+    def _restored(self, state: TrainState, step: int) -> Restored:
+        manifest: Manifest = self._agreed(step, lambda: Manifest.read(self._place(step)))
+        self._check_identity(manifest)
+        self._check_arrays(manifest, arrays_of(_saved(state)))
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state))
+        if kept := kept_shapes(manifest.arrays, state.step.sharding):
+            wanted["kept"] = kept
+        tree = self._agreed(step, lambda: self._read(step, wanted))
+        sums = dict(zip(arrays_of(tree), map(int, jax.device_get(checksums(tree)[0])), strict=True))
+        if wrong := [path for path in sums if sums[path] != manifest.checksums.get(path)]:
+            raise DamagedError(f"{self._place(step)} is damaged: {', '.join(wrong[:3])} is not what was saved")
+        self._saved = step
+        kept = tree.pop("kept", [])
+        return Restored(dataclasses.replace(state, **tree), manifest.facts, kept)
+
+    def _read(self, step: int, wanted: Any) -> Any:
+        wait = FIRST_WAIT
+        for attempt in range(READ_TRIES):
+            try:
+                return self._orbax.restore(self._place(step), args=ocp.args.StandardRestore(wanted))
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) or attempt == READ_TRIES - 1:
+                    raise
+                self.tell(f"{self._place(step)} cannot be read ({one_line(error)}); trying again")
+                time.sleep(wait)
+                wait *= 2
+        raise AssertionError
+
+    def _agreed(self, step: int, read: Callable[[], Any]) -> Any:
+        """What is read, if every process can read it."""
+        found, fault = None, ""
+        try:
+            found = read()
+        except DamagedError as error:
+            fault = str(error)
+        except Exception as error:  # whatever Orbax and TensorStore make of bytes that are not theirs
+            fault = f"{self._place(step)} is damaged: {one_line(error)}"
+        if not all_agree(not fault):
+            raise DamagedError(fault or f"{self._place(step)} is damaged: another process cannot read it")
+        return found
+
+    def _check_identity(self, manifest: Manifest) -> None:
+        changes = differences(manifest.identity, self.identity)
+        if not changes:
+            return
+        if self.config.resume_with_changes:
+            self.tell(f"the run goes on from step {manifest.step} with changes: {'; '.join(changes)}")
+            return
+        raise ConfigError(
+            f"{self.folder.parent} holds another run (at step {manifest.step}): {'; '.join(changes)}. Give what "
+            "config.yaml says, --resume_with_changes true, or another --output_dir"
+        )
+
+    def _check_arrays(self, manifest: Manifest, wanted: dict[str, str]) -> None:
         """Compare before reading: Orbax casts dtypes silently, and leaves reads behind when a shape is wrong."""
+        saved = {path: array for path, array in manifest.arrays.items() if not path.startswith("kept.")}
         differing = [
             f"{path} is {saved.get(path, 'missing')}, expected {wanted.get(path, 'nothing')}"
             for path in sorted(saved.keys() | wanted.keys())
@@ -169,32 +305,64 @@ class Checkpoints:
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise CheckpointError(
-                f"{self.folder / str(step)} is of another model or optimizer: {'; '.join(differing[:3])}{more}"
+                f"{self._place(manifest.step)} is of another model or optimizer: {'; '.join(differing[:3])}{more}"
             )
 
-    def _step(self, asked: str, steps: list[int]) -> int:
+    def _check_room(self, needed: int, *, begins: bool = False) -> None:
+        """Whether the disk has room for a checkpoint of so many bytes."""
+        if "://" in str(self.folder) or (begins and self.config.save_strategy == "no"):
+            return
+        place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free, unit = shutil.disk_usage(place).free, 1e9
+        if free < needed:
+            raise CheckpointError(
+                f"a checkpoint takes {needed / unit:.3g} GB, {place} has {free / unit:.3g} GB free; make room there or "
+                "give another --output_dir"
+            )
+        copies = 1 + (self.config.save_total_limit or 1)
+        if begins and free < copies * needed:
+            self.tell(
+                f"{copies} checkpoints take {copies * needed / unit:.3g} GB, {place} has {free / unit:.3g} GB free"
+            )
+
+    def _named(self, asked: str, steps: list[int]) -> int | None:
+        """The step that was asked for by its number."""
+        if asked in ("", "false"):
+            return None
         if not steps:
             raise ConfigError(f"--resume_from_checkpoint {asked}: {self.folder} holds no checkpoint")
-        if asked.lower() in ("true", "latest"):
-            return steps[-1]
+        if asked in ("true", "latest"):
+            return None
         if not asked.isdigit() or int(asked) not in steps:
             raise ConfigError(f"--resume_from_checkpoint {asked}: it takes true, latest or one of the steps {steps}")
         return int(asked)
 
-    def close(self) -> None:
-        """Block until the last save is on disk; raises what went wrong with it."""
-        if "_manager" in vars(self):
-            self._manager.wait_until_finished()
-            self._manager.close()
+    def _steps(self) -> list[int]:
+        """The complete checkpoints."""
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if path.name.isdigit() and (path / MANIFEST).exists()]
+        return sorted(int(path.name) for path in found)
+
+    def _clean(self, steps: list[int]) -> None:
+        """Delete what an interrupted save has left; a folder without a manifest is written over when its turn comes."""
+        for path in self.folder.iterdir() if is_main() and self.folder.is_dir() else ():
+            if ".orbax-checkpoint-tmp" in path.name:
+                path.rmtree()
+            elif path.name.isdigit() and int(path.name) not in steps:
+                self.tell(f"{path} has no {MANIFEST}: it was not finished, and does not count")
+
+    def _place(self, step: int) -> epath.Path:
+        return self.folder / str(step)
+
+    def _set_aside(self, step: int, why: str) -> None:
+        """Keep a checkpoint that does not count any more under another name."""
+        names = (f"{step}.{why}{'' if n == 1 else n}" for n in range(1, 1000))
+        if is_main():
+            self._place(step).rename(next(self.folder / name for name in names if not (self.folder / name).exists()))
 
 
 def _saved(state: TrainState) -> dict[str, Any]:
-    others = {"reference": state.reference, "memory": state.memory}
+    others = {"reference": state.reference, "memory": state.memory, "norms": state.norms}
     kept = {name: value for name, value in others.items() if value}
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state, **kept}
-
-
-def _arrays(state: TrainState) -> dict[str, str]:
-    """Path -> dtype and shape of everything that is saved."""
-    leaves = jax.tree_util.tree_leaves_with_path(_saved(state))
-    return {path_of(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}

@@ -11,6 +11,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxpost import watch
 from jaxpost.data.loader import Loader
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Metric, Tally
@@ -26,9 +27,11 @@ from jaxpost.train.step import make_annotate
 class EvalConfig:
     """When to evaluate."""
 
-    eval_strategy: str = option("no", "Evaluate never (no), every eval_steps (steps) or after each epoch (epoch).")
-    eval_steps: int | None = option(None, "Steps between evaluations; logging_steps by default.")
-    eval_on_start: bool = option(False, "Also evaluate before the first step.")
+    eval_strategy: str = option(
+        "no", "Evaluate never (no), every eval_steps (steps) or after each epoch (epoch).", may_change=True
+    )
+    eval_steps: int | None = option(None, "Steps between evaluations; logging_steps by default.", may_change=True)
+    eval_on_start: bool = option(False, "Also evaluate before the first step.", may_change=True)
 
     def __post_init__(self) -> None:
         one_of("eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))
@@ -96,6 +99,7 @@ class Evaluation:
         """The metrics of a state."""
         tally = Tally()
         for batch in self.loader(0, partial(put, mesh=self.mesh)):
+            watch.check()
             tally.add(jax.device_get(self._measure(state, batch)))
         values = tally.values()
         if self.compute_metrics is not None:
@@ -131,6 +135,7 @@ def by_example(values: Callable[[Batch], Array], loader: Loader, mesh: Mesh) -> 
     """
     found = np.zeros(len(loader.packs.examples), np.float32)
     for step, batch in enumerate(loader(0, partial(put, mesh=mesh))):
+        watch.check()
         rows = multihost_utils.process_allgather(values(batch), tiled=True)
         for row, numbers in zip(np.asarray(rows), loader.members(step), strict=True):
             found[numbers] = row[: len(numbers)]

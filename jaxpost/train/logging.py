@@ -31,12 +31,16 @@ class LoggingConfig:
         ConfigError: a value is out of its range, or the package of a `report_to` is not installed.
     """
 
-    output_dir: str | None = option(None, "Folder for everything that the run writes.")
-    logging_steps: int = option(10, "Log every so many steps.")
-    logging_first_step: bool = option(False, "Also log step 1.")
-    report_to: list[str] = option(["tensorboard"], "Copies of metrics.jsonl: tensorboard, wandb, trackio; or none.")
-    disable_tqdm: bool = option(False, "Plain log lines instead of the progress bar.")
-    run_name: str | None = option(None, "The run's name in the trackers and in front of the progress bar.")
+    output_dir: str | None = option(None, "Folder for everything that the run writes.", may_change=True)
+    logging_steps: int = option(10, "Log every so many steps.", may_change=True)
+    logging_first_step: bool = option(False, "Also log step 1.", may_change=True)
+    report_to: list[str] = option(
+        ["tensorboard"], "Copies of metrics.jsonl: tensorboard, wandb, trackio; or none.", may_change=True
+    )
+    disable_tqdm: bool = option(False, "Plain log lines instead of the progress bar.", may_change=True)
+    run_name: str | None = option(
+        None, "The run's name in the trackers and in front of the progress bar.", may_change=True
+    )
 
     def __post_init__(self) -> None:
         if self.logging_steps < 1 or self.logging_steps != int(self.logging_steps):

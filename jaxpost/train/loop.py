@@ -3,19 +3,20 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-import jax
-
-from jaxpost.errors import ConfigError, NonFiniteError
-from jaxpost.metrics import Metric, Tally, loss_of
+from jaxpost import watch
+from jaxpost.errors import ConfigError, PreemptedError
+from jaxpost.metrics import Metric
 from jaxpost.objectives.base import Batch
 from jaxpost.options import option
+from jaxpost.processes import told_to_stop
+from jaxpost.train.meter import Log, Meter, Pending, Schedule
 from jaxpost.train.state import TrainState
 from jaxpost.train.step import StepReport
 
-MAX_NONFINITE = 5
+LENGTHS = ("num_train_epochs", "max_steps")  # the fields that say when to stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +36,6 @@ class LoopConfig:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
-
-
-@runtime_checkable
-class Log(Protocol):
-    """What the loop tells the world; see `train.logging.RunLog`."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def progress(self, step: int, loss: float | None, tokens_per_second: float | None) -> None: ...
 
 
 @runtime_checkable
@@ -84,174 +76,149 @@ class Source(Protocol):
         ...
 
 
-class Pending(NamedTuple):
-    """A step that the device may still be working on.
+@runtime_checkable
+class Saves(Protocol):
+    """Where states are kept; see `train.checkpoint.Checkpoints`."""
 
-    Attributes:
-        report: of the step.
-        metrics: of its batch.
-    """
+    @property
+    def is_due(self) -> bool: ...
 
-    report: StepReport
-    metrics: Mapping[str, Metric]
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        facts: dict[str, Any],
+        metrics: dict[str, float],
+        kept: Sequence[Batch] = ...,
+        /,
+    ) -> None: ...
+
+    def check(self) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Which steps do what; None for never."""
+class Loop:
+    """Steps that follow each other.
 
-    total_steps: int
-    steps_per_epoch: int
-    log_every: int
-    log_first: bool = False
-    evaluate_first: bool = False
-    evaluate_every: int | None = None
-    save_every: int | None = None
-
-    def logs(self, step: int) -> bool:
-        return step % self.log_every == 0 or step == self.total_steps or (self.log_first and step == 1)
-
-    def evaluates(self, step: int) -> bool:
-        if step == 0:
-            return self.evaluate_first
-        return self.evaluate_every is not None and (step % self.evaluate_every == 0 or step == self.total_steps)
-
-    def saves(self, step: int) -> bool:
-        return self.save_every is not None and (step % self.save_every == 0 or step == self.total_steps)
-
-
-@dataclass
-class Meter:
-    """Adds up the reports of the steps since the last log line.
-
-    Reports are read one step late, while the device works on the next step, unless the next batch has to wait anyway.
-    """
-
-    schedule: Schedule
-    log: Log
-    num_tokens: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    tally: Tally = field(default_factory=Tally)
-    times: dict[str, float] = field(default_factory=dict)
-    steps: int = 0
-    tokens: int = 0
-    since: float = field(default_factory=time.perf_counter)
-
-    def spend(self, **times: float) -> None:
-        """Note seconds of host time, by purpose, when they have been spent."""
-        for name, seconds in times.items():
-            self.times[name] = self.times.get(name, 0.0) + seconds
-
-    def read(self, step: int, pending: Pending) -> None:
-        """Take in what `step`, a number from 1, has come to; blocks until the device has finished it.
-
-        Raises:
-            NonFiniteError: MAX_NONFINITE steps in a row were not finite.
-        """
-        report = jax.device_get(pending.report)
-        self.tally.add(pending.metrics)
-        self.num_tokens += int(report.num_tokens)
-        self.skipped += not report.finite
-        self.skipped_in_a_row = 0 if report.finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == MAX_NONFINITE:
-            raise NonFiniteError(
-                f"loss or gradient was not finite in {MAX_NONFINITE} steps in a row, the last at step {step}; "
-                "lower --learning_rate or look at the data"
-            )
-        if report.finite:
-            self.tally.add(report.metrics)
-        self.steps += 1
-        self.tokens += int(report.num_tokens)
-        rate = self.tokens / (time.perf_counter() - self.since)
-        loss = loss_of(report.metrics)
-        self.log.progress(step, float(loss.total) / max(float(loss.count), 1.0), rate)
-        if self.schedule.logs(step):
-            self._write(step, {name: float(value) for name, value in report.latest.items()}, rate)
-            self.restart()
-
-    def _write(self, step: int, latest: dict[str, float], rate: float) -> None:
-        values = self.tally.values()
-        loss = values.pop("loss", math.nan)  # no step of the window was finite
-        row = {"epoch": step / self.schedule.steps_per_epoch, "loss": loss, **latest, **values}
-        row["num_tokens"] = self.num_tokens
-        row["tokens_per_second"] = rate
-        row["step_time"] = (time.perf_counter() - self.since) / self.steps
-        for name, seconds in self.times.items():
-            row[f"{name}_time"] = seconds / self.steps
-        row["input_share"] = self.times.get("input", 0.0) / (row["step_time"] * self.steps)  # spent waiting for batches
-        if self.skipped:
-            row["skipped_steps"] = self.skipped
-        self.log.log(step, row)
-
-    def restart(self) -> None:
-        """Begin a new window."""
-        self.tally.clear()
-        self.times.clear()
-        self.steps = self.tokens = 0
-        self.since = time.perf_counter()
-
-    def pause(self, seconds: float) -> None:
-        """Leave time spent on evaluation and saving out of the rates."""
-        self.since += seconds
-
-
-def fit(
-    state: TrainState,
-    *,
-    source: Source,
-    annotate: Callable[[TrainState, Batch], Batch],
-    step: Callable[[TrainState, Batch], tuple[TrainState, StepReport]],
-    evaluate: Callable[[TrainState], dict[str, float]] | None,
-    save: Callable[[TrainState, int, dict[str, Any], dict[str, float], Sequence[Batch]], None],
-    schedule: Schedule,
-    log: Log,
-    num_tokens: int = 0,
-) -> TrainState:
-    """Train from `state.step` to `schedule.total_steps`.
-
-    Args:
-        state: where to begin; it is dead afterwards.
-        source: gives the batch of each step from there on.
+    Attributes:
+        source: gives the batch of each step.
         annotate: adds the columns that need no gradient.
         step: the compiled train step.
         evaluate: held-out metrics of a state.
-        save: starts a checkpoint of (state, step, facts, metrics of its evaluation, what the source keeps).
+        checkpoints: where states are kept.
         schedule: which steps log, evaluate and save.
         log: receives metrics.
-        num_tokens: real tokens trained on before, for a resumed run.
-
-    Returns:
-        The final state.
     """
-    meter = Meter(schedule, log, num_tokens=num_tokens)
-    pending: Pending | None = None
-    start = int(state.step)
-    if evaluate is not None and start == 0 and schedule.evaluates(0):
-        log.log(0, {"epoch": 0.0, **evaluate(state)})
-        meter.restart()
-    for done in range(start + 1, schedule.total_steps + 1):
-        if pending is not None and not source.ahead:
-            meter.read(done - 1, pending)
-            pending = None
+
+    source: Source
+    annotate: Callable[[TrainState, Batch], Batch]
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepReport]]
+    evaluate: Callable[[TrainState], dict[str, float]] | None
+    checkpoints: Saves
+    schedule: Schedule
+    log: Log
+
+    def fit(self, state: TrainState, facts: Mapping[str, Any] | None = None) -> TrainState:
+        """Train from `state.step` to `schedule.total_steps`.
+
+        Args:
+            state: where to begin; it is dead afterwards.
+            facts: what was saved with it, for a run that goes on.
+
+        Returns:
+            The final state.
+
+        Raises:
+            PreemptedError: the process was told to stop; the state is saved.
+            NonFiniteError, CheckpointError: it cannot go on.
+        """
+        return _Fit(self, state, dict(facts or {})).run()
+
+
+class _Fit:
+    """A loop on its way."""
+
+    def __init__(self, loop: Loop, state: TrainState, facts: dict[str, Any]):
+        self.loop, self.state = loop, state
+        self.start = self.done = int(state.step)
+        self.owes_evaluation: bool = facts.pop("owes_evaluation", False)  # of the state as it is
+        self.pending: Pending | None = None
+        self.meter = Meter(loop.schedule, loop.log)
+        if facts:
+            self.meter.resume(facts)
+
+    def run(self) -> TrainState:
+        with watch.phase("train"):
+            return self._run()
+
+    def _run(self) -> TrainState:
+        try:
+            if self.owes_evaluation or (self.start == 0 and self.loop.schedule.evaluates(0)):
+                self._look_back()
+            while self.done < self.loop.schedule.total_steps:
+                self.loop.checkpoints.check()
+                if told_to_stop(self.done):
+                    raise PreemptedError("told to stop")
+                with watch.phase("compile" if self.done == self.start else "train"):
+                    self._advance()
+                self._look_back()
+        except PreemptedError:
+            self._leave()
+        return self.state
+
+    def _advance(self) -> None:
+        """Take a step. What is interrupted before it leaves the state as it was."""
+        loop, meter = self.loop, self.meter
+        if not loop.source.ahead:
+            self._read()
         began = time.perf_counter()
-        fed = source(state)
+        fed = loop.source(self.state)
         ready = time.perf_counter()
-        state, report = step(state, annotate(state, fed.batch))
+        self.state, report = loop.step(self.state, loop.annotate(self.state, fed.batch))
         waited = ready - began - sum(fed.times.values())
         meter.spend(**fed.times, input=waited, host=time.perf_counter() - ready)
-        if pending is not None:
-            meter.read(done - 1, pending)
-        pending = Pending(report, fed.metrics)
-        if not (schedule.evaluates(done) or schedule.saves(done) or done == schedule.total_steps):
-            continue
-        meter.read(done, pending)
-        pending = None
+        self._read()
+        self.done += 1
+        self.pending = Pending(report, fed.metrics)
+
+    def _read(self) -> None:
+        """Take in what the last step has come to."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self.meter.read(self.done, pending)
+
+    def _look_back(self) -> None:
+        """Evaluate and save the state, where it is time."""
+        loop, schedule, done = self.loop, self.loop.schedule, self.done
+        evaluates = loop.evaluate is not None and (self.owes_evaluation or schedule.evaluates(done))
+        saves = done > 0 and (self.owes_evaluation or schedule.saves(done) or loop.checkpoints.is_due)
+        if not (evaluates or saves or done == schedule.total_steps):
+            return
+        self._read()
         paused, metrics = time.perf_counter(), {}
-        if evaluate is not None and schedule.evaluates(done):
-            metrics = evaluate(state)
-            log.log(done, {"epoch": done / schedule.steps_per_epoch, **metrics})
-        if schedule.saves(done):
-            save(state, done, {"num_tokens": meter.num_tokens}, metrics, source.kept())
-        meter.pause(time.perf_counter() - paused)
-    return state
+        if loop.evaluate is not None and evaluates:
+            self.owes_evaluation = True
+            with watch.phase("evaluate"):
+                metrics = loop.evaluate(self.state)
+            loop.log.log(done, {"epoch": done / schedule.steps_per_epoch, **metrics})
+            self.owes_evaluation = False
+        if saves:
+            self._save(metrics)
+        self.meter.pause(time.perf_counter() - paused)
+
+    def _save(self, metrics: dict[str, float]) -> None:
+        facts = {**self.meter.facts(), "owes_evaluation": self.owes_evaluation}
+        with watch.phase("save"):
+            self.loop.checkpoints.save(self.state, self.done, facts, metrics, self.loop.source.kept())
+
+    def _leave(self) -> None:
+        """Save what there is and say so."""
+        self._read()
+        if self.done == self.start:
+            raise PreemptedError(f"told to stop at step {self.done}, with nothing new to save")
+        self._save({})
+        with watch.phase("save"):
+            self.loop.checkpoints.finish()
+        raise PreemptedError(f"told to stop at step {self.done}, which is saved; the same command goes on from there")

@@ -81,6 +81,12 @@ class OptimConfig:
         one_of("lr_scheduler_type", self.lr_scheduler_type, tuple(SCHEDULES))
         schedule_kwargs(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate)
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the learning rate of a step depends on how many there will be."""
+        is_constant = self.lr_scheduler_type in ("constant", "constant_with_warmup")
+        return not is_constant or bool(self.warmup_ratio) or 0 < self.warmup_steps < 1
+
     def rates(self) -> dict[str, float]:
         """Peak learning rates of parts of the model that have their own, by the first name of their paths."""
         return {}

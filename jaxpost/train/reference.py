@@ -17,16 +17,21 @@ class ReferenceConfig:
     """Which model is the reference; TRL's names and defaults."""
 
     ref_model_name_or_path: str | None = option(
-        None, "The reference; by default what the policy starts from (of an adapter: with the adapter off)."
+        None,
+        "The reference; by default what the policy starts from (of an adapter: with the adapter off).",
+        may_change=True,
     )
     sync_ref_model: bool = option(False, "Move the reference towards the policy every ref_model_sync_steps (TR-DPO).")
     ref_model_mixup_alpha: float = option(0.6, "Share of the policy in the reference after a move; 1 replaces it.")
     ref_model_sync_steps: int = option(512, "Optimizer steps between such moves.")
     precompute_ref_log_probs: bool = option(
-        False, "Ask the reference once, before the first step; the answers stay in tokenized_cache_dir."
+        False,
+        "Ask the reference once, before the first step; the answers stay in tokenized_cache_dir.",
     )
     precompute_ref_batch_size: int | None = option(
-        None, "Rows per data-parallel group that are asked together; per_device_train_batch_size by default."
+        None,
+        "Rows per data-parallel group that are asked together; per_device_train_batch_size by default.",
+        may_change=True,
     )
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ class TrainState:
         opt_state: Optax's state for `params`.
         reference: arrays of the model that the policy is compared with, where they change.
         memory: what the objective remembers, float32 scalars by name.
+        norms: what is known of the gradients so far, likewise; empty where nobody asks.
     """
 
     step: Int[Array, ""]
@@ -38,6 +39,7 @@ class TrainState:
     opt_state: Any
     reference: Any = None
     memory: dict[str, Array] = field(default_factory=dict)
+    norms: dict[str, Array] = field(default_factory=dict)
 
 
 def decay_mask(params: Any) -> Any:

@@ -15,6 +15,7 @@ from jaxpost.objectives.sequences import num_tokens
 from jaxpost.sharding import constrain
 from jaxpost.train.optim import clip_by_global_norm
 from jaxpost.train.reference import Reference
+from jaxpost.train.spikes import judged
 from jaxpost.train.state import TrainState, merge
 
 
@@ -26,12 +27,14 @@ class StepReport(NamedTuple):
         latest: values of this very step (grad_norm before clipping, learning_rate).
         num_tokens: tokens of the examples in the batch.
         finite: False when loss or gradient were not, and parameters and optimizer were left as they were.
+        spike: likewise, because the gradient was far too large.
     """
 
     metrics: dict[str, Metric]
     latest: dict[str, Array]
     num_tokens: Array
     finite: Array
+    spike: Array
 
 
 def make_step(
@@ -46,6 +49,7 @@ def make_step(
     seed: int = 0,
     training: Callable[[Any, Array], Any] = lambda model, key: model,
     follow: Callable[[TrainState], Any] = lambda state: state.reference,
+    skip_spikes: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """Compile-ready train step.
 
@@ -62,6 +66,7 @@ def make_step(
         seed: of the run.
         training: the model as it trains, with what is random about that drawn from the key of a micro-batch.
         follow: the reference's arrays after a step.
+        skip_spikes: as of `SpikeConfig`; the state then has norms.
     """
 
     def total_loss(params: Any, frozen: Any, micro: Batch, key: Array) -> tuple[Array, dict[str, Metric]]:
@@ -76,20 +81,16 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = objective.taken(updates, batch, state.step)
 
-        def keep(new: Array, old: Array) -> Array:
-            return jnp.where(finite, new, old)
-
-        new_state = TrainState(
-            step=state.step + 1,
-            params=jax.tree.map(keep, optax.apply_updates(state.params, updates), state.params),
-            frozen=state.frozen,
-            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-            reference=state.reference,
-            memory={name: keep(batch[name][0], old) for name, old in state.memory.items()},
-        )
+        spike, norms = judged(state.norms, norm, finite, skip_spikes)
+        learned = {name: batch[name][0] for name in state.memory}
+        new = optax.apply_updates(state.params, updates), opt_state, learned
+        old = state.params, state.opt_state, state.memory
+        kept = jax.tree.map(lambda new, old: jnp.where(finite & ~spike, new, old), new, old)
+        params, opt_state, memory = kept
+        new_state = TrainState(state.step + 1, params, state.frozen, opt_state, state.reference, memory, norms)
         new_state = dataclasses.replace(new_state, reference=follow(new_state))
         latest = {"grad_norm": norm, "learning_rate": jnp.asarray(schedule(updates_done(state)), jnp.float32)}
-        return new_state, StepReport(metrics, latest, num_tokens(batch), finite)
+        return new_state, StepReport(metrics, latest, num_tokens(batch), finite, spike)
 
     # Without this the compiler picks the layout of the new state, and the second step compiles again.
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)

@@ -1,12 +1,18 @@
 """The loop with a stub for a step: what is logged, when, and when it stops."""
 
+import os
+import signal
+import time
+
 import jax.numpy as jnp
 import pytest
 
-from jaxpost.errors import ConfigError, NonFiniteError
+from jaxpost import watch
+from jaxpost.errors import ConfigError, NonFiniteError, PreemptedError
 from jaxpost.metrics import Mean
 from jaxpost.offline import Read
-from jaxpost.train.loop import LoopConfig, Schedule, fit
+from jaxpost.train.loop import Loop, LoopConfig
+from jaxpost.train.meter import Schedule
 from jaxpost.train.state import TrainState
 from jaxpost.train.step import StepReport
 
@@ -35,7 +41,27 @@ class Source:
         return []
 
 
-def run(totals, counts=None, *, finite=None, start=0, evaluate=None, source=None, annotate=None, **schedule):
+class Saves:
+    """Checkpoints that only say when they are asked to save."""
+
+    is_due = False
+
+    def __init__(self, events):
+        self.events = events
+
+    def save(self, state, number, facts, metrics, kept):
+        self.events.append(("save", number, facts["num_tokens"]))
+
+    def check(self):
+        pass
+
+    def finish(self):
+        self.events.append(("finish",))
+
+
+def run(
+    totals, counts=None, *, finite=None, start=0, facts=None, evaluate=None, source=None, annotate=None, **schedule
+):
     """Fit with step k giving Mean(totals[k], counts[k])."""
     counts, finite = counts or [1.0] * len(totals), finite or [True] * len(totals)
     log = Recorder()
@@ -47,29 +73,30 @@ def run(totals, counts=None, *, finite=None, start=0, evaluate=None, source=None
             latest={"learning_rate": jnp.float32(k)},
             num_tokens=jnp.int32(10),
             finite=jnp.asarray(finite[k]),
+            spike=jnp.zeros((), bool),
         )
         log.events.append(("step", k + 1))
         return TrainState(state.step + 1, None, None, None), report
 
     options = {"total_steps": len(totals), "steps_per_epoch": 4, "log_every": 1, **schedule}
-    final = fit(
-        TrainState(jnp.int32(start), None, None, None),
+    loop = Loop(
         source=source or Source(lambda state: {}),
         annotate=annotate or (lambda state, batch: batch),
         step=step,
         evaluate=evaluate,
-        save=lambda state, number, facts, metrics, kept: log.events.append(("save", number, facts["num_tokens"])),
+        checkpoints=Saves(log.events),
         schedule=Schedule(**options),
         log=log,
-        num_tokens=100,
     )
+    before = {"num_tokens": 100, "tally": [{}] * 4, "skipped": 0, "skipped_in_a_row": 0}
+    final = loop.fit(TrainState(jnp.int32(start), None, None, None), before | (facts or {}))
     assert int(final.step) == len(totals)
     return log
 
 
 def test_the_share_of_the_time_that_steps_wait_for_a_batch(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("jaxpost.train.loop.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def takes(seconds):
         def act(*args):
@@ -143,3 +170,48 @@ def test_length_of_a_run():
     for wrong in ({"max_steps": 0}, {"max_steps": -2}, {"num_train_epochs": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             LoopConfig(**wrong)
+
+
+def told(number):
+    """A source, and the log that is left of a run that is told to stop while batch `number` is made."""
+
+    def make(state):
+        if int(state.step) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not watch.is_told():
+                time.sleep(0.01)
+            watch.check()
+        return {}
+
+    return Source(make)
+
+
+def test_a_run_that_is_told_to_stop_saves_the_step_it_is_at(monkeypatch):
+    events = []
+    monkeypatch.setattr(Saves, "save", lambda self, state, n, facts, *_: events.append((int(state.step), n, facts)))
+    with watch.watching(watch.WatchConfig()), pytest.raises(PreemptedError, match="step 2, which is saved") as error:
+        run([1.0, 2.0, 3.0, 4.0], source=told(2), log_every=4)
+    assert error.value.exit_code == 75
+    (step, number, facts), *_ = events
+    assert step == number == 2 and facts["num_tokens"] == 120 and facts["tally"][0]["loss"] == (3.0, 2.0)
+    rows = run([1.0, 2.0, 3.0, 4.0], start=2, facts=facts, log_every=4).rows
+    assert [(step, row["loss"], row["num_tokens"]) for step, row in rows] == [(4, 2.5, 140)]
+
+
+def test_an_evaluation_that_is_cut_is_made_up_for(monkeypatch):
+    saved = []
+    monkeypatch.setattr(Saves, "save", lambda self, state, n, facts, metrics, *_: saved.append((n, facts, metrics)))
+
+    def cut(state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            watch.check()
+            time.sleep(0.01)
+
+    with watch.watching(watch.WatchConfig()), pytest.raises(PreemptedError):
+        run([1.0] * 4, evaluate=cut, evaluate_every=2, save_every=2)
+    (number, facts, _), *_ = saved
+    assert number == 2 and facts["owes_evaluation"]
+    log = run([1.0] * 4, start=2, facts=facts, evaluate=lambda state: {"eval_loss": 5.0}, evaluate_every=2)
+    assert [step for step, row in log.rows if "eval_loss" in row] == [2, 4]
+    assert saved[1][0] == 2 and saved[1][2] == {"eval_loss": 5.0} and not saved[1][1]["owes_evaluation"]

@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpost.models.config import Compute
 from jaxpost.models.hf import place
 from jaxpost.objectives.sft import SFT
 from jaxpost.sharding import make_mesh, put, shardings
-from jaxpost.train.checkpoint import CheckpointConfig, Checkpoints
+from jaxpost.train.checkpoint import Checkpoints
+from jaxpost.train.checkpoint_config import CheckpointConfig
 from jaxpost.train.optim import OPTIMIZERS
 from jaxpost.train.state import TrainState, create_state
 from jaxpost.train.step import make_step, updates_done
@@ -45,12 +47,15 @@ def test_eight_devices_equal_one_in_one_program(optim, tmp_path):
     on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert on_one < (0.5 if optim == "adafactor" else 0.2) * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
-    saved = TrainState(jnp.int32(3), eight, {}, state)
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    checkpoints.save(saved, 3, {}, {})
-    checkpoints.close()
-    fresh = TrainState(jnp.int32(0), jax.device_put(params, layout[0]), {}, init(params))
-    restored, _ = Checkpoints(tmp_path, CheckpointConfig(resume_from_checkpoint="true")).restore(fresh)
+    steps = [jax.device_put(jnp.int32(number), NamedSharding(mesh, P())) for number in (3, 0)]
+    saved = TrainState(steps[0], eight, {}, state)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(saved, 3, {}, {})
+    fresh = TrainState(steps[1], jax.device_put(params, layout[0]), {}, init(params))
+    with Checkpoints(tmp_path, CheckpointConfig(resume_from_checkpoint="true")) as checkpoints:
+        found = checkpoints.restore(fresh)
+    assert found is not None
+    restored = found.state
     assert_close(restored.opt_state, state, rtol=0)
     assert int(updates_done(restored)) == 3
 

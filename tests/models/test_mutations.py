@@ -17,9 +17,15 @@ import safetensors
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from jaxpost import from_pretrained
 from jaxpost.errors import ConfigError, JaxpostError
+from jaxpost.models.adapters import attach
 from jaxpost.models.checkpoint import open_checkpoint
 from jaxpost.models.hf import load
+from jaxpost.models.lora_config import LoraConfig
+from jaxpost.models.peft import save_adapter
+from jaxpost.models.peft_folder import open_adapter
+from jaxpost.models.peft_read import read_parts
 from jaxpost.models.safetensors_file import map_safetensors
 
 MUTANTS = 2000
@@ -158,4 +164,20 @@ def test_mutants_of_an_index_load_or_are_refused(folder, monkeypatch):
     weight_map = {name: file for file, part in files.items() for name in part}
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 100}, "weight_map": weight_map}))
     counts = outcomes(Loader(monkeypatch), folder / INDEX, mutate)
+    assert counts["loaded"] > 20 and counts["refused"] > 500, counts
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_mutants_of_an_adapter_load_or_are_refused(tiny_folder, tmp_path, name):
+    model = from_pretrained(str(tiny_folder))
+    save_adapter(
+        attach(model, LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0])), tmp_path, str(tiny_folder)
+    )
+
+    def attempt(folder):
+        opened = open_adapter(folder)
+        assert opened is not None
+        assert opened.base and read_parts(model, opened)
+
+    counts = outcomes(attempt, tmp_path / name, mutate if name.endswith("json") else mutate_safetensors)
     assert counts["loaded"] > 20 and counts["refused"] > 500, counts

@@ -161,8 +161,11 @@ class _Fit:
                 self.loop.checkpoints.check()
                 if told_to_stop(self.done):
                     raise PreemptedError("told to stop")
-                with watch.phase("compile" if self.done == self.start else "train"):
+                is_first = self.done == self.start
+                with watch.phase("compile" if is_first else "train"):
                     self._advance()
+                    if is_first:
+                        self._read()
                 self._look_back()
         except PreemptedError:
             self._leave()

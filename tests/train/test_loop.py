@@ -131,7 +131,7 @@ def test_a_window_is_a_sum_over_a_sum():
 def test_a_report_is_read_while_the_next_step_runs():
     log = run([1.0] * 3)
     assert log.events == [
-        *(("step", 1), ("step", 2), ("progress", 1), ("step", 3), ("progress", 2)),
+        *(("step", 1), ("progress", 1), ("step", 2), ("step", 3), ("progress", 2)),
         *(("progress", 3),),
     ]
 

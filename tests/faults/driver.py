@@ -1,0 +1,126 @@
+"""`jaxpost` with a fault in it: python -m tests.faults.driver FAULT[,FAULT...] COMMAND FLAGS...
+
+What a fault does to the parts is done from outside, so that the package itself has no hooks. Says on standard output
+what it is doing, one word a line, so that a supervisor knows when to strike.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def say(text):
+    os.write(1, f"{text}\n".encode())
+
+
+def before(owner, name, act):
+    """Do something before each call of a function."""
+    real = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        act(*args, **kwargs)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def paced(seconds="0.05"):
+    """Steps that take a while, and say which batch they take."""
+    from jaxpost.train import loop
+
+    real = loop._Fit._advance
+
+    def advance(self):
+        step, source = self.loop.step, self.loop.source
+
+        def stepping(state, batch):
+            digest = hashlib.sha256()
+            for name in sorted(batch):
+                for shard in batch[name].addressable_shards:
+                    digest.update(np.asarray(shard.data).tobytes())
+            with Path(os.environ["SEEN"]).open("a") as file:
+                file.write(json.dumps([self.done + 1, digest.hexdigest()]) + "\n")
+            say(f"step {self.done + 1}")
+            time.sleep(float(seconds))
+            return step(state, batch)
+
+        object.__setattr__(self.loop, "step", stepping)
+        try:
+            real(self)
+        finally:
+            object.__setattr__(self.loop, "step", step)
+        assert self.loop.source is source
+
+    loop._Fit._advance = advance
+
+
+def slow_save(seconds="1"):
+    """Saves that take a while, in the background, when all but the manifest is written."""
+    from jaxpost.train.manifest import Manifest
+
+    before(Manifest, "write", lambda *_: (say("saving"), time.sleep(float(seconds))))
+
+
+def slow_evaluation():
+    from jaxpost.train import evaluate
+
+    before(evaluate.Tally, "add", lambda *_: (say("evaluating"), time.sleep(0.5)))
+
+
+def slow_generation():
+    from jaxpost.rl import generate
+
+    before(generate._Batch, "run", lambda *_, **__: (say("generating"), time.sleep(0.5)))
+
+
+def slow_compilation():
+    from jaxpost.train.step import Programs
+
+    before(Programs, "prepare", lambda *_: (say("compiling"), time.sleep(60)))
+
+
+def stuck(step, process="0"):
+    """A step that never ends, on one process."""
+    import jax
+
+    from jaxpost.train import loop
+
+    def hang(self):
+        if self.done + 1 == int(step) and jax.process_index() == int(process):
+            say("stuck")
+            time.sleep(1000)
+
+    before(loop._Fit, "_advance", hang)
+
+
+def dies(step, process="1"):
+    """A process that is killed at a step."""
+    import jax
+
+    from jaxpost.train import loop
+
+    def die(self):
+        if self.done + 1 == int(step) and jax.process_index() == int(process):
+            say("dying")
+            os.kill(os.getpid(), 9)
+
+    before(loop._Fit, "_advance", die)
+
+
+FAULTS = {f.__name__: f for f in (paced, slow_save, slow_evaluation, slow_generation, slow_compilation, stuck, dies)}
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    faults, *words = sys.argv[1:]
+    for fault in filter(None, faults.split(",")):
+        name, *arguments = fault.split(":")
+        FAULTS[name](*arguments)
+    from jaxpost.cli import entry
+
+    sys.argv[1:] = words
+    sys.exit(entry())

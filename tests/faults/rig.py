@@ -1,0 +1,158 @@
+"""Runs of a tiny model in processes of their own, and what is left of them."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 12
+TIMES = ("_time", "_per_second", "_share")  # what the names of metrics end in that are not the same twice
+REWARDS = '''
+import os
+import time
+
+
+def early(completion_ids, **kwargs):
+    """Small ids are good."""
+    return [sum(i < 150 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def slow(completion_ids, calls=[], **kwargs):
+    """From the second generation on."""
+    calls.append(None)
+    if len(calls) > 1:
+        os.write(2, b"scoring\\n")
+        time.sleep(40)
+    return early(completion_ids)
+'''
+SHARED = (
+    f"--report_to none --max_steps {STEPS} --save_steps 4 --logging_steps 1 --learning_rate 1e-2 "
+    "--lr_scheduler_type cosine"
+)
+# Three rows of four: an epoch of the offline methods ends in the middle of two saves, with a batch that is not full.
+FLAGS = {
+    "sft": "--per_device_train_batch_size 4 --max_length 64 --packing true",
+    "dpo": "--per_device_train_batch_size 4 --gradient_accumulation_steps 2",
+    "grpo": "--per_device_train_batch_size 8 --num_generations 4 --max_completion_length 6 --num_iterations 2 "
+    "--steps_per_generation 2 --beta 0.1",
+    "ppo": "--per_device_train_batch_size 8 --max_completion_length 6 --num_mini_batches 2 --num_ppo_epochs 2",
+}
+
+
+def rows_of(method):
+    if method == "sft":
+        return [{"text": f"{n} " + "abc " * (n % 9)} for n in range(37)]
+    if method == "dpo":
+        return [
+            {"prompt": "q" * (3 + n % 3), "chosen": "yes" * (1 + n % 4), "rejected": "no, " * (1 + n % 5)}
+            for n in range(21)
+        ]
+    return [{"prompt": "what is " + "x" * (1 + n % 5) + str(n)} for n in range(11)]
+
+
+class Rig:
+    """A tiny model, data for every method, and runs of them.
+
+    Args:
+        model: a Hugging Face folder.
+        home: where all is written.
+    """
+
+    def __init__(self, model, home):
+        self.model, self.home = model, home
+        (home / "rewards.py").write_text(REWARDS)
+        for method in FLAGS:
+            (home / f"{method}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(method)))
+
+    def flags(self, method, out, more=""):
+        base = f"{method} --model_name_or_path {self.model} --dataset_name {self.home}/{method}.jsonl"
+        rewards = f"--reward_funcs {self.home}/rewards.py:early" if method in ("grpo", "ppo") else ""
+        return f"{base} --output_dir {out} {SHARED} {FLAGS[method]} {rewards} {more}".split()
+
+    def start(self, method, out, more="", faults="paced", devices=1, seen=None):
+        return Process([faults, *self.flags(method, out, more)], seen or out, devices)
+
+    def run(self, method, out, more="", faults="paced", devices=1):
+        """To the end; the exit code."""
+        return self.start(method, out, more, faults, devices).wait()
+
+
+class Process:
+    """A run, and what it says, line by line."""
+
+    def __init__(self, arguments, out, devices):
+        self.seen = Path(f"{out}.seen")
+        environment = {
+            **os.environ,
+            "SEEN": str(self.seen),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+            "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        }
+        command = [sys.executable, "-m", "tests.faults.driver", *arguments]
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.lines, self.text = queue.Queue(), []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.text.append(line)
+            self.lines.put(line.strip())
+        self.lines.put(None)
+
+    def until(self, *words, seconds=120):
+        """Wait for a line that begins with one of these words; None if the process ends before."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                line = self.lines.get(timeout=deadline - time.monotonic())
+            except queue.Empty:
+                self.process.kill()
+                pytest.fail(f"no {words} within {seconds} s:\n{''.join(self.text)}")
+            if line is None or line.startswith(words):
+                return line
+
+    def wait(self, seconds=300):
+        code = self.process.wait(seconds)
+        self._reader.join()
+        self.process.stdout.close()
+        return code
+
+    @property
+    def output(self):
+        return "".join(self.text)
+
+
+def outcome(out, seen=None):
+    """What a run has come to: weights, the checksums of its last state, logged values, and batches by step."""
+    weights = {
+        path.name: load_file(path) for path in sorted(out.rglob("*.safetensors")) if "checkpoints" not in path.parts
+    }
+    newest = max((int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit()), default=None)
+    manifest = json.loads((out / "checkpoints" / str(newest) / "manifest.json").read_text())["body"]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows]
+    seen = dict(json.loads(line) for line in Path(f"{seen or out}.seen").read_text().splitlines())
+    checksums = json.loads(manifest)["checksums"]
+    return {"weights": weights, "step": newest, "checksums": checksums, "metrics": timeless, "batches": seen}
+
+
+def assert_equal(ours, theirs):
+    assert ours["step"] == theirs["step"]
+    assert ours["checksums"] == theirs["checksums"]
+    assert ours["batches"] == theirs["batches"]
+    assert ours["metrics"] == theirs["metrics"]
+    for file, weights in theirs["weights"].items():
+        assert all(weights[name].tobytes() == ours["weights"][file][name].tobytes() for name in weights)

@@ -1,4 +1,4 @@
-"""`jaxpost` with a fault in it: python -m tests.faults.driver FAULT[,FAULT...] COMMAND FLAGS...
+"""`jaxpost` with faults in it.
 
 What a fault does to the parts is done from outside, so that the package itself has no hooks. Says on standard output
 what it is doing, one word a line, so that a supervisor knows when to strike.
@@ -11,7 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+import grain
+import matplotlib.pyplot
 import numpy as np
+from transformers import AutoTokenizer
+from transformers.hf_argparser import HfArgumentParser
+
+import jaxpost.trainer
+from jaxpost.cli import entry
+
+# Imported here, so that processes that are forked have them.
+assert grain and jaxpost.trainer and matplotlib.pyplot and AutoTokenizer and HfArgumentParser
 
 
 def say(text):
@@ -67,9 +77,15 @@ def slow_save(seconds="1"):
 
 
 def slow_evaluation():
+    from jaxpost import watch
     from jaxpost.train import evaluate
 
-    before(evaluate.Tally, "add", lambda *_: (say("evaluating"), time.sleep(0.5)))
+    def act(*_):
+        if watch._watch.phase == "evaluate":
+            say("evaluating")
+            time.sleep(0.5)
+
+    before(evaluate.Tally, "add", act)
 
 
 def slow_generation():
@@ -114,13 +130,15 @@ def dies(step, process="1"):
 
 FAULTS = {f.__name__: f for f in (paced, slow_save, slow_evaluation, slow_generation, slow_compilation, stuck, dies)}
 
-if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    faults, *words = sys.argv[1:]
+
+def run(faults, words, output, environment):
+    """A process, from its beginning to its end: forked from one that has imported all this, but done nothing yet."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= environment
     for fault in filter(None, faults.split(",")):
         name, *arguments = fault.split(":")
         FAULTS[name](*arguments)
-    from jaxpost.cli import entry
-
     sys.argv[1:] = words
     sys.exit(entry())

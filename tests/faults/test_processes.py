@@ -37,7 +37,7 @@ def test_one_is_told_to_stop_and_both_save_the_same_step(rig, tmp_path, is_long)
     for run in runs:
         assert run.until("step 6"), run.output
     began = time.monotonic()
-    runs[1].process.send_signal(signal.SIGTERM)
+    runs[1].signal(signal.SIGTERM)
     assert [run.wait() for run in runs] == [75, 75], [run.output for run in runs]
     assert time.monotonic() - began < 10
     said = [re.search(r"told to stop at step (\d+), which is saved", run.output) for run in runs]

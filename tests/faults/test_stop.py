@@ -30,7 +30,7 @@ def test_told_to_stop(rig, phase, tmp_path, counts):
     for word in words:
         assert run.until(word), run.output
     told = time.monotonic()
-    run.process.send_signal(signal.SIGTERM)
+    run.signal(signal.SIGTERM)
     assert run.wait() == 75, run.output
     assert time.monotonic() - told < 10
     assert ("which is saved" in run.output) == is_saved, run.output
@@ -44,7 +44,7 @@ def test_what_was_cut_is_made_up_for(rig, phase, whole, for_long, tmp_path):
     run = rig.start(method, tmp_path / "out", flags, faults)
     for word in words:
         assert run.until(word), run.output
-    run.process.send_signal(signal.SIGTERM)
+    run.signal(signal.SIGTERM)
     assert run.wait() == 75, run.output
     assert rig.run(method, tmp_path / "out", flags) == 0
     if phase == "evaluate":
@@ -65,7 +65,7 @@ def test_two_signals_end_at_once(rig, tmp_path):
     run = rig.start("sft", tmp_path / "out", "", "paced,slow_save:20")
     assert run.until("saving")
     for _ in range(2):
-        run.process.send_signal(signal.SIGTERM)
+        run.signal(signal.SIGTERM)
         time.sleep(0.5)
     began = time.monotonic()
     assert run.wait() == 75

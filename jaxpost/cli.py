@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from jaxpost.errors import ConfigError, JaxpostError, PreemptedError
 from jaxpost.options import nearest
+from jaxpost.watch import WatchConfig, watching
 
 MOST_YAML = 1_000_000  # bytes
 MOST_NESTED = 16
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     try:
-        return _run(argv[0], argv[1:])
+        with watching(WatchConfig()):
+            return _run(argv[0], argv[1:])
     except JaxpostError as error:
         print(f"jaxpost: {error}", file=sys.stderr)
         return error.exit_code

@@ -215,8 +215,23 @@ class Online:
             needs_equal_rewards=run.objective.needs_equal_rewards,
             start=run.start,
             end=self.num_steps,
-            kept=jax.device_put(run.kept, rows_sharding(self.mesh)),
+            kept=jax.device_put(self._fitting(run.kept), rows_sharding(self.mesh)),
         )
+
+    def _fitting(self, kept: Sequence[Batch]) -> Sequence[Batch]:
+        """Batches of a checkpoint, if this run can split them.
+
+        Raises:
+            ConfigError: they were made for another number of devices or rows.
+        """
+        parts = batch_groups(self.mesh) * self.plan.num_micro_batches
+        rows = {len(batch["tokens"]) for batch in kept if "segments" in batch}
+        if any(count % parts for count in rows):
+            raise ConfigError(
+                f"the checkpoint lies within a generation, whose steps have {max(rows)} rows, which {parts} parts "
+                "cannot share; continue it with the --mesh and the batch of config.yaml, or from another checkpoint"
+            )
+        return kept
 
     def _text(self, completion: Completion, prompt: Any) -> Any:
         """A completion as reward functions see it: text, or messages where the prompt is messages."""

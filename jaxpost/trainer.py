@@ -133,12 +133,22 @@ class Trainer:
                 self.feed.ask(self.objective, self.policy, self.reference)
                 self.reference = None
 
-    def train(self) -> dict[str, float]:
+    def train(self, resume_from_checkpoint: bool | int | str | None = None) -> dict[str, float]:
         """Run to the end and write the model, its metrics, curves and card to `output_dir`.
+
+        Args:
+            resume_from_checkpoint: as the flag; by default what `args` say.
 
         Returns:
             The last logged metrics of training and evaluation; with load_best_model_at_end those of the best model.
+
+        Raises:
+            ConfigError: the folder holds another run, or one that is at work.
+            PreemptedError: the process was told to stop; the run is saved.
+            NonFiniteError, CheckpointError, RewardError: it cannot go on.
         """
+        if resume_from_checkpoint is not None:
+            self.args = dataclasses.replace(self.args, resume_from_checkpoint=str(resume_from_checkpoint))
         try:
             lock = run_lock(self.output_dir) if is_main() else nullcontext()
             with lock, watching(self.args, listens=jax.process_count() == 1):
@@ -147,7 +157,8 @@ class Trainer:
             self.feed.close()
 
     def _trained(self) -> dict[str, float]:
-        args, total, folder = self.args, self.feed.num_steps, self.output_dir / "checkpoints"
+        args, total = self.args, self.feed.num_steps
+        folder = args.checkpoint_dir or self.output_dir / "checkpoints"
         schedule = make_schedule(args, total)
         optimizer = make_optimizer(args, schedule, decay_mask)
         with jax.set_mesh(self.mesh):
@@ -249,8 +260,8 @@ class Trainer:
         told = {name: value for name, value in lasting(self.args).items() if name not in LENGTHS}
         if self.args.depends_on_length:
             told["steps of the learning-rate schedule"] = total
-        fixed = state.frozen, None if self.reference is None or self._follows else self.reference.arrays
-        weights = digest(*map(int, jax.device_get(checksums(fixed)[0])))
+        reference = None if self.reference is None or self._follows else self.reference.arrays
+        weights = digest(*map(int, jax.device_get(checksums((state.params, state.frozen, reference))[0])))
         template = digest(self.processing_class.chat_template)
         return told | self.feed.identity() | {"weights": DIGEST + weights, "chat template": DIGEST + template}
 
@@ -283,6 +294,8 @@ class Trainer:
             (self.output_dir / "config.yaml").write_text(config_yaml(self.args), encoding="utf-8")
         for note in self.notes:
             log.message(note)
+        if start:
+            log.message(f"going on from step {start} of {total}" if start < total else f"all {total} steps are done")
         return log
 
     def _report(self, best: dict[str, float]) -> dict[str, float]:

@@ -104,7 +104,7 @@ class _Watch(threading.Thread):
         if times:
             self.told = time.monotonic()
             if self.phase in (None, "compile"):
-                _leave(PREEMPTED, "told to stop before the first step; there is nothing new to save")
+                _leave(PREEMPTED, "told to stop with nothing new to save; give the same command again")
 
     def close(self) -> None:
         self._ends[1].close()

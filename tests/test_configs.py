@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from jaxpost import save_pretrained
 from jaxpost.cli import main
 from jaxpost.data import sums, word_problem_pairs, word_problems
+from tests.conftest import make_model, make_tokenizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
@@ -26,6 +28,9 @@ def test_config_runs_one_step(path, tiny_folder, tmp_path):
     small = "--max_steps 1 --per_device_eval_batch_size 1 "
     small += SMALL.get(method_of(path), "--max_length 512")
     small += " --per_device_train_batch_size 1"
+    if "--reward_model_path" in path.read_text():
+        save_pretrained(make_model(head="reward"), make_tokenizer(), tmp_path / "judge")
+        small += f" --reward_model_path {tmp_path / 'judge'}"
     assert main([method_of(path), "--config", str(path), *given.split(), *small.split(), "--report_to", "none"]) == 0
     weights = "adapter_model.safetensors" if "use_peft: true" in path.read_text() else "model.safetensors"
     assert (tmp_path / "out" / weights).exists()

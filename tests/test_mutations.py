@@ -12,9 +12,8 @@ from jaxpost.data.chat import encode_rows
 from jaxpost.data.sources import load_rows
 from jaxpost.errors import JaxpostError
 from jaxpost.methods import METHODS
-from tests.models.test_mutations import MUTANTS, mutate
+from tests.models.test_mutations import MUTANTS, SECONDS, mutate
 
-SECONDS = 1.0  # of the processor, for one mutant
 YAML = """\
 # a run
 model_name_or_path: models/tiny

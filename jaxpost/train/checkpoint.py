@@ -6,8 +6,6 @@ manifest is there, which is written when all else is on disk; and what is read m
 
 import dataclasses
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,15 +14,14 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from jaxpost.errors import CheckpointError, ConfigError, NonFiniteError, one_line
 from jaxpost.objectives.base import Batch
 from jaxpost.processes import all_agree, is_main
 from jaxpost.train.checkpoint_config import CheckpointConfig
+from jaxpost.train.checkpoint_folder import CheckpointFolder
 from jaxpost.train.checksum import checksums
 from jaxpost.train.manifest import (
-    MANIFEST,
     DamagedError,
     Manifest,
     arrays_of,
@@ -58,7 +55,7 @@ class Checkpoints:
     """The `checkpoints/` folder of a run.
 
     Args:
-        folder: made when something is saved.
+        folder: made when something is saved; may be gs://BUCKET/PATH.
         config: when to save, and whether to continue.
         identity: what this run and one that it continues must have in common; JSON values.
         tell: says something to the user.
@@ -74,7 +71,7 @@ class Checkpoints:
         identity: Mapping[str, Any] | None = None,
         tell: Callable[[str], None] = print,
     ):
-        self.folder = epath.Path(os.path.abspath(folder) if "://" not in str(folder) else folder)
+        self.folder = CheckpointFolder(folder)
         self.config, self.identity, self.tell = config, json.loads(json.dumps(dict(identity or {}))), tell
         self.is_due = False
         self._failures = 0
@@ -110,11 +107,11 @@ class Checkpoints:
         self._settle()
         if self._saved == step:  # evaluated since
             if is_main():
-                folder = self._place(step)
+                folder = self.folder.place(step)
                 dataclasses.replace(Manifest.read(folder), facts=facts, metrics=metrics).write(folder)
             return
         tree = _saved(state) | ({"kept": list(kept)} if kept else {})
-        self._check_room(num_bytes(tree))
+        self.folder.check_room(num_bytes(tree))
         arrays, (sums, finite) = arrays_of(tree), checksums(tree)
         for path, is_finite in zip(arrays, jax.device_get(finite), strict=True):
             if not is_finite and not path.startswith("kept."):  # what is kept may lack a reward, which is NaN
@@ -125,7 +122,7 @@ class Checkpoints:
             return Manifest(step, arrays, values, {}, facts, self.identity, metrics, versions())
 
         self._pending, self.is_due = (step, manifest), False
-        self._attempt(lambda: self._orbax.save(self._place(step), args=ocp.args.StandardSave(tree), force=True))
+        self._attempt(lambda: self._orbax.save(self.folder.place(step), args=ocp.args.StandardSave(tree), force=True))
 
     def check(self) -> None:
         """Look how the save that is under way is getting on.
@@ -149,13 +146,13 @@ class Checkpoints:
             CheckpointError: no checkpoint can be read, or the one that was asked for cannot; or it is of another
                 model or optimizer.
         """
-        steps, asked = self._steps(), str(self.config.resume_from_checkpoint or "").lower()
-        self._check_room(num_bytes(_saved(state)), begins=True)
-        self._clean(steps)
+        steps, asked = self.folder.steps(), str(self.config.resume_from_checkpoint or "").lower()
+        self._check_room(num_bytes(_saved(state)))
+        self.folder.clean(self.tell)
         if asked == "false" and steps:
             raise ConfigError(
-                f"{self.folder.parent} holds a run at step {steps[-1]}: leave --resume_from_checkpoint out to continue "
-                "it, or give another --output_dir"
+                f"{self.folder.path.parent} holds a run at step {steps[-1]}: leave --resume_from_checkpoint out to "
+                "continue it, or give another --output_dir"
             )
         named = self._named(asked, steps)
         for step in reversed(steps) if named is None else [named]:
@@ -164,13 +161,13 @@ class Checkpoints:
             except DamagedError as error:
                 if named is not None:
                     raise
-                self._set_aside(step, "corrupt")
+                self.folder.set_aside(step, "corrupt")
                 self.tell(f"{error}; it is set aside as {step}.corrupt")
                 continue
             for later in steps[steps.index(step) + 1 :] if named is not None else ():
-                self._set_aside(later, "superseded")
+                self.folder.set_aside(later, "superseded")
             return restored
-        damaged = sorted(path.name for path in self.folder.glob("*.corrupt*")) if self.folder.is_dir() else []
+        damaged = self.folder.damaged()
         if steps or damaged:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint is whole ({', '.join(damaged)}); give another --output_dir to start anew"
@@ -180,7 +177,7 @@ class Checkpoints:
     def best(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         """The state that was best in evaluation, and its metrics; `state` gives shapes and layout."""
         self.finish()
-        manifests = [Manifest.read(self._place(step)) for step in self._steps()]
+        manifests = [Manifest.read(self.folder.place(step)) for step in self.folder.steps()]
         best = max(manifests, key=lambda manifest: (self.config.goodness(manifest.metrics), manifest.step))
         return self._restored(state, best.step).state, best.metrics
 
@@ -220,29 +217,31 @@ class Checkpoints:
         """Called in the background, on the main process, when all else is written, before the folder gets its name."""
         assert self._pending is not None
         step, manifest = self._pending
-        manifest().write(self._orbax.get_temporary_path(self._place(step)).get())
+        manifest().write(self._orbax.get_temporary_path(self.folder.place(step)).get())
 
     def _settle(self) -> None:
         """When a save has finished: delete what is not needed any more."""
-        if self._pending is None or not (self._place(self._pending[0]) / MANIFEST).exists():
+        if self._pending is None or not self.folder.is_complete(self._pending[0]):
             return
         (self._saved, _), self._pending, self._failures = self._pending, None, 0
-        for step in self._superfluous() if is_main() else ():
-            (self._place(step) / MANIFEST).unlink()  # from now on it does not count
-            self._place(step).rmtree()
+        try:
+            for step in self._superfluous():
+                self.folder.delete(step)
+        except OSError as error:
+            self.tell(f"old checkpoints in {self.folder} cannot be deleted: {one_line(error)}")
 
     def _superfluous(self) -> list[int]:
         """Steps beyond the limit, without the best one."""
-        steps, limit = self._steps(), self.config.save_total_limit
+        steps, limit = self.folder.steps(), self.config.save_total_limit
         old = [] if limit is None else steps[:-limit]
         if not old or not self.config.load_best_model_at_end:
             return old
-        goodness = {step: self.config.goodness(Manifest.read(self._place(step)).metrics) for step in steps}
+        goodness = {step: self.config.goodness(Manifest.read(self.folder.place(step)).metrics) for step in steps}
         best = max(steps, key=lambda step: (goodness[step], step))
         return [step for step in old if step != best]
 
     def _restored(self, state: TrainState, step: int) -> Restored:
-        manifest: Manifest = self._agreed(step, lambda: Manifest.read(self._place(step)))
+        manifest: Manifest = self._agreed(step, lambda: Manifest.read(self.folder.place(step)))
         self._check_identity(manifest)
         self._check_arrays(manifest, arrays_of(_saved(state)))
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state))
@@ -251,7 +250,7 @@ class Checkpoints:
         tree = self._agreed(step, lambda: self._read(step, wanted))
         sums = dict(zip(arrays_of(tree), map(int, jax.device_get(checksums(tree)[0])), strict=True))
         if wrong := [path for path in sums if sums[path] != manifest.checksums.get(path)]:
-            raise DamagedError(f"{self._place(step)} is damaged: {', '.join(wrong[:3])} is not what was saved")
+            raise DamagedError(f"{self.folder.place(step)} is damaged: {', '.join(wrong[:3])} is not what was saved")
         self._saved = step
         kept = tree.pop("kept", [])
         return Restored(dataclasses.replace(state, **tree), manifest.facts, kept)
@@ -260,11 +259,11 @@ class Checkpoints:
         wait = FIRST_WAIT
         for attempt in range(READ_TRIES):
             try:
-                return self._orbax.restore(self._place(step), args=ocp.args.StandardRestore(wanted))
+                return self._orbax.restore(self.folder.place(step), args=ocp.args.StandardRestore(wanted))
             except OSError as error:
                 if isinstance(error, FileNotFoundError) or attempt == READ_TRIES - 1:
                     raise
-                self.tell(f"{self._place(step)} cannot be read ({one_line(error)}); trying again")
+                self.tell(f"{self.folder.place(step)} cannot be read ({one_line(error)}); trying again")
                 time.sleep(wait)
                 wait *= 2
         raise AssertionError
@@ -277,9 +276,9 @@ class Checkpoints:
         except DamagedError as error:
             fault = str(error)
         except Exception as error:  # whatever Orbax and TensorStore make of bytes that are not theirs
-            fault = f"{self._place(step)} is damaged: {one_line(error)}"
+            fault = f"{self.folder.place(step)} is damaged: {one_line(error)}"
         if not all_agree(not fault):
-            raise DamagedError(fault or f"{self._place(step)} is damaged: another process cannot read it")
+            raise DamagedError(fault or f"{self.folder.place(step)} is damaged: another process cannot read it")
         return found
 
     def _check_identity(self, manifest: Manifest) -> None:
@@ -290,7 +289,7 @@ class Checkpoints:
             self.tell(f"the run goes on from step {manifest.step} with changes: {'; '.join(changes)}")
             return
         raise ConfigError(
-            f"{self.folder.parent} holds another run (at step {manifest.step}): {'; '.join(changes)}. Give what "
+            f"{self.folder.path.parent} holds another run (at step {manifest.step}): {'; '.join(changes)}. Give what "
             "config.yaml says, --resume_with_changes true, or another --output_dir"
         )
 
@@ -305,25 +304,15 @@ class Checkpoints:
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise CheckpointError(
-                f"{self._place(manifest.step)} is of another model or optimizer: {'; '.join(differing[:3])}{more}"
+                f"{self.folder.place(manifest.step)} is of another model or optimizer: {'; '.join(differing[:3])}{more}"
             )
 
-    def _check_room(self, needed: int, *, begins: bool = False) -> None:
-        """Whether the disk has room for a checkpoint of so many bytes."""
-        if "://" in str(self.folder) or (begins and self.config.save_strategy == "no"):
-            return
-        place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        free, unit = shutil.disk_usage(place).free, 1e9
-        if free < needed:
-            raise CheckpointError(
-                f"a checkpoint takes {needed / unit:.3g} GB, {place} has {free / unit:.3g} GB free; make room there or "
-                "give another --output_dir"
-            )
-        copies = 1 + (self.config.save_total_limit or 1)
-        if begins and free < copies * needed:
-            self.tell(
-                f"{copies} checkpoints take {copies * needed / unit:.3g} GB, {place} has {free / unit:.3g} GB free"
-            )
+    def _check_room(self, needed: int) -> None:
+        """Whether the disk has room for checkpoints of so many bytes, before the first of them."""
+        if self.config.save_strategy != "no":
+            room, copies = self.folder.check_room(needed), 1 + (self.config.save_total_limit or 1)
+            if room < copies:
+                self.tell(f"{self.folder}: the disk has room for {room:.1f} checkpoints of {needed / 1e9:.3g} GB")
 
     def _named(self, asked: str, steps: list[int]) -> int | None:
         """The step that was asked for by its number."""
@@ -336,30 +325,6 @@ class Checkpoints:
         if not asked.isdigit() or int(asked) not in steps:
             raise ConfigError(f"--resume_from_checkpoint {asked}: it takes true, latest or one of the steps {steps}")
         return int(asked)
-
-    def _steps(self) -> list[int]:
-        """The complete checkpoints."""
-        if not self.folder.is_dir():
-            return []
-        found = [path for path in self.folder.iterdir() if path.name.isdigit() and (path / MANIFEST).exists()]
-        return sorted(int(path.name) for path in found)
-
-    def _clean(self, steps: list[int]) -> None:
-        """Delete what an interrupted save has left; a folder without a manifest is written over when its turn comes."""
-        for path in self.folder.iterdir() if is_main() and self.folder.is_dir() else ():
-            if ".orbax-checkpoint-tmp" in path.name:
-                path.rmtree()
-            elif path.name.isdigit() and int(path.name) not in steps:
-                self.tell(f"{path} has no {MANIFEST}: it was not finished, and does not count")
-
-    def _place(self, step: int) -> epath.Path:
-        return self.folder / str(step)
-
-    def _set_aside(self, step: int, why: str) -> None:
-        """Keep a checkpoint that does not count any more under another name."""
-        names = (f"{step}.{why}{'' if n == 1 else n}" for n in range(1, 1000))
-        if is_main():
-            self._place(step).rename(next(self.folder / name for name in names if not (self.folder / name).exists()))
 
 
 def _saved(state: TrainState) -> dict[str, Any]:

@@ -16,6 +16,11 @@ class CheckpointConfig:
         "steps", "Save never (no), every save_steps (steps) or after each epoch (epoch).", may_change=True
     )
     save_steps: int = option(500, "Steps between checkpoints.", may_change=True)
+    checkpoint_dir: str | None = option(
+        None,
+        "Folder of the checkpoints, also gs://BUCKET/PATH; by default checkpoints/ in output_dir.",
+        may_change=True,
+    )
     save_total_limit: int | None = option(
         None, "How many checkpoints to keep; older ones are deleted.", may_change=True
     )

@@ -39,6 +39,18 @@ def before(owner, name, act):
     setattr(owner, name, wrapped)
 
 
+def digests(batch):
+    """Of a batch as it lies on the devices, and of the tokens in it, however they lie."""
+    digest, tokens = hashlib.sha256(), []
+    for name in sorted(batch):
+        for shard in batch[name].addressable_shards:
+            digest.update(np.asarray(shard.data).tobytes())
+    for shard, mask in zip(batch["tokens"].addressable_shards, batch["segments"].addressable_shards, strict=True):
+        if shard.replica_id == 0:
+            tokens.append(np.asarray(shard.data)[np.asarray(mask.data) > 0])
+    return digest.hexdigest(), hashlib.sha256(np.sort(np.concatenate(tokens)).tobytes()).hexdigest()
+
+
 def paced(seconds="0.05"):
     """Steps that take a while, and say which batch they take."""
     from jaxpost.train import loop
@@ -49,12 +61,8 @@ def paced(seconds="0.05"):
         step, source = self.loop.step, self.loop.source
 
         def stepping(state, batch):
-            digest = hashlib.sha256()
-            for name in sorted(batch):
-                for shard in batch[name].addressable_shards:
-                    digest.update(np.asarray(shard.data).tobytes())
             with Path(os.environ["SEEN"]).open("a") as file:
-                file.write(json.dumps([self.done + 1, digest.hexdigest()]) + "\n")
+                file.write(json.dumps([self.done + 1, *digests(batch)]) + "\n")
             say(f"step {self.done + 1}")
             time.sleep(float(seconds))
             return step(state, batch)
@@ -94,6 +102,12 @@ def slow_generation():
     before(generate._Batch, "run", lambda *_, **__: (say("generating"), time.sleep(0.5)))
 
 
+def slow_loading():
+    from jaxpost import trainer
+
+    before(trainer, "open_base", lambda *_: (say("loading"), time.sleep(60)))
+
+
 def slow_compilation():
     from jaxpost.train.step import Programs
 
@@ -128,7 +142,21 @@ def dies(step, process="1"):
     before(loop._Fit, "_advance", die)
 
 
-FAULTS = {f.__name__: f for f in (paced, slow_save, slow_evaluation, slow_generation, slow_compilation, stuck, dies)}
+def no_room(step, size="30000"):
+    """From a step on, no file can have more than so many bytes."""
+    import resource
+
+    from jaxpost.train import loop
+
+    def limit(self):
+        if self.done + 1 == int(step):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
+
+    before(loop._Fit, "_advance", limit)
+
+
+SLOW = (slow_save, slow_evaluation, slow_generation, slow_loading, slow_compilation)
+FAULTS = {fault.__name__: fault for fault in (paced, *SLOW, stuck, dies, no_room)}
 
 
 def run(faults, words, output, environment):

@@ -141,9 +141,10 @@ def outcome(out, seen=None):
     manifest = json.loads((out / "checkpoints" / str(newest) / "manifest.json").read_text())["body"]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     timeless = [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows]
-    seen = dict(json.loads(line) for line in Path(f"{seen or out}.seen").read_text().splitlines())
+    lines = [json.loads(line) for line in Path(f"{seen or out}.seen").read_text().splitlines()]
     checksums = json.loads(manifest)["checksums"]
-    return {"weights": weights, "step": newest, "checksums": checksums, "metrics": timeless, "batches": seen}
+    batches = {name: {line[0]: line[i] for line in lines} for i, name in ((1, "batches"), (2, "tokens"))}
+    return {"weights": weights, "step": newest, "checksums": checksums, "metrics": timeless, **batches}
 
 
 def assert_equal(ours, theirs):

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.faults
 EVALUATED = "--eval_strategy steps --eval_steps 3 --dataset_test_split train --per_device_eval_batch_size 1"
 # phase: method, faults, flags, what the run says, one after the other, until it is in it, and whether a step is saved
 PHASES = {
+    "load": ("sft", "paced,slow_loading", "", ["loading"], False),
     "compile": ("sft", "paced,slow_compilation", "", ["compiling"], False),
     "train": ("dpo", "paced:0.3", "", ["step 6"], True),
     "evaluate": ("dpo", "paced,slow_evaluation", EVALUATED, ["evaluating", "evaluating"], True),
@@ -71,3 +72,26 @@ def test_two_signals_end_at_once(rig, tmp_path):
     assert run.wait() == 75
     assert time.monotonic() - began < 2
     assert "told to stop again" in run.output
+
+
+def test_two_runs_do_not_share_a_folder(rig, whole, tmp_path):
+    first = rig.start("sft", tmp_path / "out", faults="paced:0.5")
+    assert first.until("step 6"), first.output
+    began = time.monotonic()
+    second = rig.start("sft", tmp_path / "out")
+    assert second.wait() == 2, second.output
+    assert "belongs to a run that is at work (process " in second.output
+    assert time.monotonic() - began < 10
+    first.signal(9)
+    first.wait()
+    assert rig.run("sft", tmp_path / "out") == 0
+    assert_equal(outcome(tmp_path / "out"), whole("sft"))
+
+
+def test_a_full_disk_ends_the_run_and_spoils_nothing(rig, whole, tmp_path):
+    run = rig.start("sft", tmp_path / "out", faults="paced:0.3,no_room:6")
+    assert run.wait() == 78, run.output
+    assert "Traceback" not in run.output.split("jaxpost: ")[-1]
+    assert [path.parent.name for path in (tmp_path / "out" / "checkpoints").glob("*/manifest.json")] == ["4"]
+    assert rig.run("sft", tmp_path / "out") == 0
+    assert_equal(outcome(tmp_path / "out"), whole("sft"))

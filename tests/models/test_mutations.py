@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+import time
 from collections import Counter
 
 import jax
@@ -29,6 +30,7 @@ from jaxpost.models.peft_read import read_parts
 from jaxpost.models.safetensors_file import map_safetensors
 
 MUTANTS = 2000
+SECONDS = 1.0  # of the processor, for one mutant
 INDEX = "model.safetensors.index.json"
 # The fields of a Llama's config.json that its parameters' shapes depend on.
 SHAPES = [
@@ -113,7 +115,9 @@ def outcomes(attempt, path, change):
             file.write(mutant)
             file.truncate()
             file.flush()
-            counts[outcome(attempt, path, f"mutant {seed} of {path.name}: {mutant[:4000]!r}")] += 1
+            told, began = f"mutant {seed} of {path.name}: {mutant[:4000]!r}", time.process_time()
+            counts[outcome(attempt, path, told)] += 1
+            assert time.process_time() - began < SECONDS, told
     return counts
 
 

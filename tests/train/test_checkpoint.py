@@ -249,3 +249,10 @@ def test_checksums_do_not_depend_on_the_layout_and_see_every_bit():
         swapped[0, [0, 1]] = swapped[0, [1, 0]]
         seen.add(int(checksums([swapped])[0][0]))
         assert len(seen) == 8 * x.nbytes + 2
+
+
+def test_a_bucket_without_its_package_or_that_is_not_there_is_named():
+    with pytest.raises(
+        ConfigError, match=r"checkpoint_dir gs://nowhere/x (needs a package: pip install|cannot be reached)"
+    ):
+        Checkpoints("gs://nowhere/x", CheckpointConfig())

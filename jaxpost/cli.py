@@ -5,6 +5,7 @@ A `--config` file is flags in YAML: its entries go through the same parser, befo
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -72,8 +73,11 @@ def entry() -> int:
 
 
 def _run(command: str, flags: list[str]) -> int:
-    # Quiet by default: these libraries warn about PyTorch and about tokenizers in forked workers.
+    # Quiet by default: these libraries warn about PyTorch and about tokenizers in forked workers, and what goes wrong
+    # with a checkpoint fills pages where one line will do.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     from jaxpost.evaluate import run_evaluate
     from jaxpost.export import ExportConfig, run_export
     from jaxpost.generate import GenerateConfig, run_generate

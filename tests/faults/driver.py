@@ -142,7 +142,7 @@ def dies(step, process="1"):
     before(loop._Fit, "_advance", die)
 
 
-def no_room(step, size="30000"):
+def no_room(step, size="39000"):
     """From a step on, no file can have more than so many bytes."""
     import resource
 

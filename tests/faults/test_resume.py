@@ -97,7 +97,7 @@ def test_any_mesh_goes_on_with_the_run_of_another(rig, tmp_path, counts):
     assert rig.run("sft", first, f"{flags} {size.format('fsdp=2,tensor=4', 4)}", devices=8) == 0
     expected = outcome(first)
     for devices, mesh in counts(MESHES[:1], MESHES):
-        out = tmp_path / f"{devices} {mesh}"
+        out = tmp_path / f"{devices}_{mesh}"
         shutil.copytree(first, out)
         for step in (8, 12, 14):
             shutil.rmtree(out / "checkpoints" / str(step))

@@ -10,6 +10,7 @@ from jaxpost.errors import ConfigError
 from jaxpost.methods import METHODS
 from jaxpost.trainer import Trainer
 from tests.e2e.test_preference import ADAPTER, PAIRS, jsonl, run
+from tests.marks import slow
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_an_adapters_base_can_be_asked_once(tiny_folder, data, tmp_path):
     np.testing.assert_allclose(*(evaluated(tmp_path / name, "loss") for name in ("online", "once")), rtol=2e-6)
 
 
-@pytest.mark.parametrize("method", ["kto --loss_type apo_zero_unpaired", "bco"])
+@pytest.mark.parametrize("method", [slow("kto --loss_type apo_zero_unpaired"), "bco"])
 def test_judged_completions_can_be_asked_once(tiny_folder, data, tmp_path, method):
     method, *flags = method.split(maxsplit=1)
     for name, more in (("online", []), ("once", ["--precompute_ref_log_probs"])):

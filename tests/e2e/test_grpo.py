@@ -15,6 +15,7 @@ from jaxpost.errors import RolloutError
 from jaxpost.methods import METHODS
 from tests.conftest import make_tokenizer
 from tests.e2e.test_lora import assert_same
+from tests.marks import slow
 
 REWARD = '''
 def early(completion_ids, **kwargs):
@@ -84,7 +85,7 @@ def test_every_completion_is_kept(grpo):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--mesh data=2,tensor=4 --per_device_train_batch_size 8 --gradient_accumulation_steps 2",
+        slow("--mesh data=2,tensor=4 --per_device_train_batch_size 8 --gradient_accumulation_steps 2"),
         "--mesh fsdp=4,tensor=2 --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --rollout_batch_size 4",
     ],
 )
@@ -112,7 +113,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(grpo, tiny_folder, home, tmp_p
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
-        ("grpo", "--loss_type dapo --per_device_train_batch_size 8"),
+        slow("grpo", "--loss_type dapo --per_device_train_batch_size 8"),
         ("grpo", "--loss_type grpo --scale_rewards batch"),
         ("rloo", "--beta 0"),
     ],
@@ -299,7 +300,7 @@ def test_rollout_functions_in_python_and_bad_ones(tiny_folder, home, tmp_path, c
 
 @pytest.mark.parametrize(
     ("method", "flags"),
-    [("grpo", ""), ("grpo", "--steps_per_generation 2 --dynamic_sampling true"), ("rloo", "--beta 0")],
+    [("grpo", ""), slow("grpo", "--steps_per_generation 2 --dynamic_sampling true"), slow("rloo", "--beta 0")],
 )
 def test_completions_sampled_ahead_are_weighted_and_survive_a_restart(method, flags, tiny_folder, home, tmp_path):
     flags = f"{flags} --generate_ahead true --importance_sampling_cap 1.5 --save_steps 1 --max_steps 5"

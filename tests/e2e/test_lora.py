@@ -13,6 +13,7 @@ from jaxpost import SFTConfig, SFTTrainer, from_pretrained
 from jaxpost.cli import main
 from jaxpost.data.word_problems import write
 from jaxpost.models.adapters import without_adapters
+from tests.marks import slow
 
 ADAPTER = "--use_peft --lora_r 4 --lora_dropout 0.1 --lora_target_modules all-linear"
 TOKENS = np.arange(3, 27).reshape(2, 12)
@@ -116,7 +117,7 @@ def test_the_first_step_is_the_base_and_the_base_does_not_change(tiny_folder, da
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "data=2,tensor=4"])
+@pytest.mark.parametrize("mesh", [slow("fsdp=4,tensor=2"), "data=2,tensor=4"])
 def test_layout_changes_no_loss(tiny_folder, data, tmp_path, mesh):
     flags = "--use_peft --use_dora --lora_r 4 --lora_dropout 0 --per_device_train_batch_size 4 --padding_free false"
     for name, layout in (("one", "fsdp=2,tensor=4"), ("other", mesh)):

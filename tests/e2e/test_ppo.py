@@ -13,6 +13,7 @@ from jaxpost.cli import main
 from tests.conftest import make_model, make_tokenizer
 from tests.e2e.test_grpo import PROMPTS, REWARD, logged
 from tests.e2e.test_lora import assert_same
+from tests.marks import slow
 
 LORA = "--use_peft --lora_r 4 --lora_target_modules all-linear"
 NAMES = {
@@ -91,8 +92,8 @@ def test_resumed_in_the_middle_of_the_epochs_equals_uninterrupted_bit_for_bit(pp
         ("trunk", "--value_warmup_steps 1 --value_learning_rate 1e-3"),
         ("trunk", LORA),
         ("adapter", f"{LORA} --lora_dropout 0.1 --disable_dropout false --max_grad_norm 0"),
-        ("copy", f"{LORA} --kl_estimator k3 --whiten_rewards --missing_eos_penalty 1 --num_generations 2"),
-        ("copy", "--sync_ref_model --ref_model_sync_steps 1 --entropy_coef 0.01 --reward_clip_range -1 0.5"),
+        slow("copy", f"{LORA} --kl_estimator k3 --whiten_rewards --missing_eos_penalty 1 --num_generations 2"),
+        slow("copy", "--sync_ref_model --ref_model_sync_steps 1 --entropy_coef 0.01 --reward_clip_range -1 0.5"),
     ],
 )
 def test_other_value_models(tiny_folder, home, tmp_path, value_model, flags):

@@ -11,6 +11,7 @@ from jaxpost.errors import ConfigError, DataError
 from jaxpost.metrics import wilson_interval
 from tests.conftest import make_noisy_model, make_tokenizer
 from tests.e2e.test_preference import ADAPTER, PAIRS, jsonl, run
+from tests.marks import slow
 
 TEXTS = [
     {"text": "some text " * 3, "id": 7},
@@ -92,7 +93,7 @@ def last_evaluation(out):
     return [row for row in rows if "eval_loss" in row][-1]
 
 
-@pytest.mark.parametrize("method", ["dpo", "reward", "kto", "bco", "orpo"])
+@pytest.mark.parametrize("method", ["dpo", "reward", slow("kto"), slow("bco"), "orpo"])
 def test_evaluation_later_says_what_the_run_said(tiny_folder, data, tmp_path, capsys, method):
     out = tmp_path / "out"
     assert run(method, tiny_folder, data, out, f"{ADAPTER} --eval_strategy steps --eval_steps 4") == 0

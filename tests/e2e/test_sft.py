@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 import jaxpost
 from jaxpost.cli import main
 from jaxpost.data.word_problems import write
+from tests.marks import slow
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_a_second_run_does_not_overwrite_the_first(run, tiny_folder, data, capsy
     "flags",
     [
         "--mesh fsdp=2,tensor=4 --gradient_accumulation_steps 4",
-        "--mesh fsdp=4,tensor=2 --gradient_accumulation_steps 2 --padding_free false",
+        slow("--mesh fsdp=4,tensor=2 --gradient_accumulation_steps 2 --padding_free false"),
         "--mesh data=2,tensor=4 --per_device_train_batch_size 4 --length_buckets 3",
     ],
 )

@@ -27,7 +27,6 @@ GRACE_SECONDS = 25.0  # Kubernetes, TPU VMs and most Slurm sites give 30
 LOOK_SECONDS = 0.2
 LIMITS = {  # seconds
     "compile": 3600.0,  # up to the end of the first step
-    "input": 1800.0,
     "train": 1800.0,  # a step
     "evaluate": 14400.0,
     "generate": 7200.0,

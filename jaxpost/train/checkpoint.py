@@ -177,8 +177,7 @@ class Checkpoints:
     def best(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         """The state that was best in evaluation, and its metrics; `state` gives shapes and layout."""
         self.finish()
-        manifests = [Manifest.read(self.folder.place(step)) for step in self.folder.steps()]
-        best = max(manifests, key=lambda manifest: (self.config.goodness(manifest.metrics), manifest.step))
+        best = self._best()
         return self._restored(state, best.step).state, best.metrics
 
     def __enter__(self) -> Self:
@@ -236,9 +235,13 @@ class Checkpoints:
         old = [] if limit is None else steps[:-limit]
         if not old or not self.config.load_best_model_at_end:
             return old
-        goodness = {step: self.config.goodness(Manifest.read(self.folder.place(step)).metrics) for step in steps}
-        best = max(steps, key=lambda step: (goodness[step], step))
-        return [step for step in old if step != best]
+        best = self._best()
+        return [step for step in old if step != best.step]
+
+    def _best(self) -> Manifest:
+        """Of the checkpoint that was best in evaluation; the newest of several."""
+        manifests = (Manifest.read(self.folder.place(step)) for step in self.folder.steps())
+        return max(manifests, key=lambda manifest: (self.config.goodness(manifest.metrics), manifest.step))
 
     def _restored(self, state: TrainState, step: int) -> Restored:
         manifest: Manifest = self._agreed(step, lambda: Manifest.read(self.folder.place(step)))

@@ -37,7 +37,7 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """The complete checkpoints, the oldest first."""
-        found = (path for path in self._entries() if path.name.isdigit() and (path / MANIFEST).exists())
+        found = (path for path in self._entries() if path.name.isdigit() and self.is_complete(int(path.name)))
         return sorted(int(path.name) for path in found)
 
     def damaged(self) -> list[str]:

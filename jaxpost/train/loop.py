@@ -134,7 +134,8 @@ class Loop:
             PreemptedError: the process was told to stop; the state is saved.
             NonFiniteError, CheckpointError: it cannot go on.
         """
-        return _Fit(self, state, dict(facts or {})).run()
+        with watch.phase("train"):
+            return _Fit(self, state, dict(facts or {})).run()
 
 
 class _Fit:
@@ -150,10 +151,6 @@ class _Fit:
             self.meter.resume(facts)
 
     def run(self) -> TrainState:
-        with watch.phase("train"):
-            return self._run()
-
-    def _run(self) -> TrainState:
         try:
             if self.owes_evaluation or (self.start == 0 and self.loop.schedule.evaluates(0)):
                 self._look_back()

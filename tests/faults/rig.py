@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 from safetensors.numpy import load_file
 
+from jaxpost.train.manifest import Manifest
 from tests.faults.driver import run
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -132,25 +134,34 @@ class Process:
         return self.file.read_text(errors="replace")
 
 
-def outcome(out, seen=None):
-    """What a run has come to: weights, the checksums of its last state, logged values, and batches by step."""
-    weights = {
-        path.name: load_file(path) for path in sorted(out.rglob("*.safetensors")) if "checkpoints" not in path.parts
-    }
-    newest = max((int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit()), default=None)
-    manifest = json.loads((out / "checkpoints" / str(newest) / "manifest.json").read_text())["body"]
+def checksums(out, step):
+    """Of the arrays in the checkpoint of a step, by their paths."""
+    return Manifest.read(epath.Path(out) / "checkpoints" / str(step)).checksums
+
+
+def result(out):
+    """What a run has come to: weights, the last step that is saved and its checksums, and logged values."""
+    files = [path for path in sorted(out.rglob("*.safetensors")) if "checkpoints" not in path.parts]
+    newest = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows]
+    return {
+        "weights": {str(path.relative_to(out)): load_file(path) for path in files},
+        "step": newest,
+        "checksums": checksums(out, newest),
+        "metrics": [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows],
+    }
+
+
+def outcome(out, seen=None):
+    """Likewise, and the batch of every step, of a run that the driver has paced."""
     lines = [json.loads(line) for line in Path(f"{seen or out}.seen").read_text().splitlines()]
-    checksums = json.loads(manifest)["checksums"]
     batches = {name: {line[0]: line[i] for line in lines} for i, name in ((1, "batches"), (2, "tokens"))}
-    return {"weights": weights, "step": newest, "checksums": checksums, "metrics": timeless, **batches}
+    return result(out) | batches
 
 
 def assert_equal(ours, theirs):
-    assert ours["step"] == theirs["step"]
-    assert ours["checksums"] == theirs["checksums"]
-    assert ours["batches"] == theirs["batches"]
-    assert ours["metrics"] == theirs["metrics"]
+    assert ours.keys() == theirs.keys()
+    for name in theirs.keys() - {"weights"}:
+        assert ours[name] == theirs[name], name
     for file, weights in theirs["weights"].items():
         assert all(weights[name].tobytes() == ours["weights"][file][name].tobytes() for name in weights)

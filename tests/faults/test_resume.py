@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxpost.cli import main
-from tests.faults.rig import TIMES, assert_equal, outcome
+from tests.faults.rig import assert_equal, outcome, result
 
 pytestmark = pytest.mark.faults
 
@@ -45,20 +45,6 @@ POINTS = {
     ),
 }
 SHORT = ("sft, in the middle of a log line", "grpo, num_iterations = 2")
-
-
-def result(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = sorted(int(path.name) for path in (out / "checkpoints").iterdir())
-    body = json.loads((out / "checkpoints" / str(steps[-1]) / "manifest.json").read_text())["body"]
-    metrics = [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows]
-    return {
-        "step": steps[-1],
-        "checksums": json.loads(body)["checksums"],
-        "metrics": metrics,
-        "batches": {},
-        "weights": {},
-    }
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -113,6 +113,10 @@ class PairsConfig(CompletionsConfig):
         None, "Read a prompt once for its completions; by default where the model allows it without a difference."
     )
 
+    @property
+    def rows_may_branch(self) -> bool:
+        return self.share_prompts is not False
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(PairsConfig, ReferenceConfig, DPO):
@@ -170,6 +174,10 @@ class OnlineConfig(TrainConfig, ReferenceConfig, SamplingConfig, RewardFunctions
         super().__post_init__()
         if self.precompute_ref_log_probs:
             raise ConfigError("precompute_ref_log_probs: completions are not known in advance; leave it out")
+
+    @property
+    def rows_may_branch(self) -> bool:
+        return True
 
     @property
     def reward_models(self) -> list[str]:

@@ -12,6 +12,7 @@ from jaxpost.data.rows import Rows, as_rows, formatted
 from jaxpost.encode import Encoded
 from jaxpost.errors import ConfigError
 from jaxpost.methods import Method
+from jaxpost.platform import platform
 
 MORE_LENGTHS = 8  # what a run with much padding is advised to compile
 
@@ -114,7 +115,7 @@ class Pipeline(NamedTuple):
             num_lengths=self.args.length_buckets,
             mismatch=encoded.mismatch,
             # A tile of the attention kernel, unless the rows are shorter than that.
-            multiple=self.args.pad_to_multiple_of or (64 if jax.default_backend() == "cpu" else 128),
+            multiple=self.args.pad_to_multiple_of or (64 if platform() == "cpu" else 128),
             pad_id=0,  # any id will do: masks come from lengths
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -9,7 +9,7 @@ its completions.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from jaxpost.errors import ConfigError
+from jaxpost.models.splash import LEAST_LENGTH, splash
 from jaxpost.options import one_of
+from jaxpost.platform import platform
 
 BLOCK = 128  # queries, and keys, of a tile of the XLA kernel
 NEGATIVE = -1e30  # finite: a row that sees nothing stays free of NaN
@@ -74,6 +77,7 @@ def attention(
     window: Int[Array, ""] | None = None,
     softcap: float | None = None,
     kernel: str = "auto",
+    branches: bool = True,
 ) -> Float[Array, "B T H d"]:
     """Causal softmax attention of rows to themselves, with grouped queries (Ainslie et al., 2023, arXiv:2305.13245).
 
@@ -83,11 +87,13 @@ def attention(
         scale: multiplies the scores.
         window: tokens that a query sees, itself included; None for all (Beltagy et al., 2020, arXiv:2004.05150).
         softcap: scores s become softcap * tanh(s / softcap) (Gemma Team, 2024, arXiv:2408.00118, section 2).
-        kernel: a name of KERNELS.
+        kernel: a name of KERNELS, or `auto` for what suits the platform.
+        branches: whether a document may branch.
 
     Raises:
-        ConfigError: unknown kernel name.
+        ConfigError: unknown kernel name, or one that cannot compute this.
     """
+    run = KERNELS[_chosen(kernel, query.shape[1], plain=window is None and not branches)]
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
     room = -length % min(BLOCK, length)
@@ -95,7 +101,6 @@ def attention(
     pad = [(0, 0)] * 3 + [(0, room), (0, 0)]
     query, key, value = (jnp.pad(x, pad) for x in (grouped, *(x.swapaxes(1, 2)[:, :, None] for x in (key, value))))
     views = views_of(Places(*(jnp.pad(x, pad[2:4]) for x in places)))
-    run = KERNELS[one_of("attn_implementation", kernel, tuple(KERNELS))]
     out = run(softcap, query * scale, key[:, :, 0], value[:, :, 0], views, window)
     return out[:, :, :, :length].transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
@@ -294,7 +299,19 @@ def _put_window(whole: Array, part: Array, index: Array, size: int) -> Array:
     return lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=whole.ndim - 2)
 
 
-KERNELS: dict[str, Callable[..., Any]] = {
-    "auto": _tiled,
-    "xla": _tiled,
-}
+def _splash(softcap: float | None, query: Array, key: Array, value: Array, views: Views, window: None) -> Array:
+    return splash(softcap, query, key, value, views.segments, residuals=RESIDUALS)
+
+
+KERNELS: dict[str, Callable[..., Array]] = {"xla": _tiled, "splash": _splash}
+ATTENTION = ("auto", *KERNELS)
+
+
+def _chosen(name: str, length: int, *, plain: bool) -> str:
+    """The kernel for rows of so many tokens; `plain` where a query sees all that is before it in its segment."""
+    on = platform()
+    if one_of("attn_implementation", name, ATTENTION) == "auto":
+        return "splash" if on == "tpu" and plain and length >= LEAST_LENGTH else "xla"
+    if name == "splash" and on != "tpu":
+        raise ConfigError(f"attn_implementation splash is for TPUs, and this is a {on}; leave it out")
+    return name if plain else "xla"

@@ -133,10 +133,12 @@ class Compute:
 
     Attributes:
         dtype: of activations and matmuls; parameters are cast to it where they are used.
-        remat: what the backward pass recomputes: `none`, `dots` (keep matmul results) or `full` (keep layer inputs).
+        remat: what the backward pass recomputes, a name of `models.remat`.
         attention: kernel name, see `models.attention`.
+        branches: whether rows may hold branches, which not every kernel of attention knows.
     """
 
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    branches: bool = True

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpost.models.attention import KERNELS
+from jaxpost.models.attention import ATTENTION
 from jaxpost.models.check import SCORE, check_finite, check_tensors, finite_tensors
 from jaxpost.models.checkpoint import Checkpoint
 from jaxpost.models.config import Compute, ModelConfig
@@ -25,9 +25,11 @@ from jaxpost.models.families import architecture, read_config, rows_of
 from jaxpost.models.memory import aligned_empty, copy, release
 from jaxpost.models.nf4 import Parts
 from jaxpost.models.quant import SCHEMES, collect, for_schemes, quantize
+from jaxpost.models.remat import REMAT
 from jaxpost.models.rows import Row
 from jaxpost.models.transformer import HEADS, Decoder
 from jaxpost.options import one_of, option
+from jaxpost.platform import platform
 from jaxpost.sharding import make_mesh, path_of, shardings
 
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
@@ -49,20 +51,37 @@ class ModelArguments:
     gradient_checkpointing: bool = option(
         True, "Recompute activations in the backward pass to save memory.", may_change=True
     )
-    attn_implementation: str = option("auto", "Attention kernel: auto or xla.")
+    remat_policy: str | None = option(
+        None,
+        f"What of a block's activations is not recomputed: {', '.join(REMAT)}; by default dots on CPU, full elsewhere.",
+        may_change=True,
+    )
+    attn_implementation: str = option("auto", f"Attention kernel: {', '.join(ATTENTION)}.")
     allow_nonfinite_weights: bool = option(False, "Load a model even if its weights hold NaN or infinity.")
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, PARAMETER_DTYPES)
-        one_of("attn_implementation", self.attn_implementation, tuple(KERNELS))
+        one_of("attn_implementation", self.attn_implementation, ATTENTION)
+        if self.remat_policy is not None:
+            one_of("remat_policy", self.remat_policy, REMAT)
+
+    @property
+    def rows_may_branch(self) -> bool:
+        """Whether a prompt may be read once for several completions."""
+        return False
 
     def compute(self) -> Compute:
         """How the forward and backward pass are carried out on this machine."""
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = platform() == "cpu"
         bf16 = not on_cpu if self.bf16 is None else self.bf16
         # Host memory is ample, and matrix products are what a CPU is slow at: keep their results there.
-        remat = ("dots" if on_cpu else "full") if self.gradient_checkpointing else "none"
-        return Compute(dtype="bfloat16" if bf16 else "float32", remat=remat, attention=self.attn_implementation)
+        remat = self.remat_policy or ("dots" if on_cpu else "full")
+        return Compute(
+            dtype="bfloat16" if bf16 else "float32",
+            remat=remat if self.gradient_checkpointing else "none",
+            attention=self.attn_implementation,
+            branches=self.rows_may_branch,
+        )
 
 
 def load(

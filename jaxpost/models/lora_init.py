@@ -140,9 +140,10 @@ def check_place(model: Decoder, lora: LoraConfig, target: Target) -> None:
 
 
 def mesh_of(model: Decoder) -> Mesh | None:
-    """Where a model lies; None if that is no mesh."""
-    sharding = model.embed.embedding[...].sharding
-    return cast(Mesh, sharding.mesh) if isinstance(sharding, NamedSharding) else None
+    """Where a model lies; None if that is no mesh, or if the model is abstract."""
+    embedding = model.embed.embedding[...]
+    is_on_mesh = not isinstance(embedding, jax.core.Tracer) and isinstance(embedding.sharding, NamedSharding)
+    return cast(Mesh, embedding.sharding.mesh) if is_on_mesh else None
 
 
 def placed(make: Callable[..., dict[str, Array]], path: str, mesh: Mesh | None, *args: Any) -> dict[str, Array]:

@@ -13,22 +13,16 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxpost.models.attention import RESIDUALS, Places, attend_cache, attention
+from jaxpost.models.attention import Places, attend_cache, attention
 from jaxpost.models.config import Compute, ModelConfig
 from jaxpost.models.layers import MLP, Embed, Head, Linear, RMSNorm
 from jaxpost.models.lora import Adapters
 from jaxpost.models.moe import MoE, Routing, balance_loss, balance_terms
+from jaxpost.models.remat import named_input, rematerialised
 from jaxpost.models.rotary import apply_rotary, rotary_angles, text_lengths
 from jaxpost.sharding import constrain
 
 HEADS = ("lm", "reward")
-REMAT = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
-    ),
-    "full": None,
-}
 
 
 class Cache(NamedTuple):
@@ -260,10 +254,11 @@ class Decoder(nnx.Module):
         config, places, shape = self.config, Places(positions, segments), tokens.shape
         angles = rotary_angles(config.rotaries, positions.reshape(-1), lengths)
         real = segments.reshape(-1) > 0
+        branches = self.compute.branches and config.reads_branches and not with_cache
         graphdef, stacked = nnx.split(self.layers)
 
         def body(h: Array, layer: tuple[Any, Layer]) -> tuple[Array, tuple]:
-            block = nnx.merge(graphdef, layer[0])
+            block, h = nnx.merge(graphdef, layer[0]), named_input(h)
             kind = 0 if layer[1].rotary is None else layer[1].rotary
             projected = block.project(h, angles.cos[kind], angles.sin[kind])
             query, key, value = (x.reshape(*shape, *x.shape[1:]) for x in projected)
@@ -276,13 +271,13 @@ class Decoder(nnx.Module):
                 window=layer[1].window,
                 softcap=config.attention_softcap,
                 kernel=self.compute.attention,
+                branches=branches,
             )
             h, routing = block.finish(h, attended.reshape(-1, *attended.shape[2:]))
             cached = (key, value) if with_cache else ()
             return constrain(h, "batch", None), (cached, () if routing is None else balance_terms(routing, real))
 
-        if self.compute.remat != "none":
-            body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
+        body = rematerialised(body, self.compute.remat)
         h = constrain(self._embedded(tokens.reshape(-1)), "batch", None)
         h, (cached, terms) = jax.lax.scan(body, h, (stacked, self._layers()))
         balance = balance_loss(terms[0], terms[1], jnp.sum(real)) if terms else jnp.zeros(())

@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float, Int
 
 from jaxpost.objectives.base import Batch, Model
+from jaxpost.platform import platform
 from jaxpost.sharding import batch_groups, constrain
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits on a device
@@ -108,7 +109,7 @@ def score_tokens(
 def _chunk_positions(batch: int, vocab_size: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     rows = max(1, batch // (1 if mesh.empty else batch_groups(mesh)))
-    size = CHUNK_BYTES_CPU if jax.default_backend() == "cpu" else CHUNK_BYTES
+    size = CHUNK_BYTES_CPU if platform() == "cpu" else CHUNK_BYTES
     return max(1, size // (4 * rows * vocab_size))
 
 

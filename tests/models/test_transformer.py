@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxpost.models.config import Compute
+from jaxpost.models.remat import POLICIES
 from tests.conftest import make_model
 
 
@@ -42,7 +43,7 @@ def test_padding_changes_nothing():
     np.testing.assert_allclose(logits(model, padded, segments=segments)[:, :6], logits(model, tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", POLICIES)
 def test_remat_changes_no_gradient(remat):
     model = make_model()
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 320, (2, 8)))

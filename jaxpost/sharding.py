@@ -1,13 +1,16 @@
 """Where arrays live: the mesh axes, one table for parameters, `put` for batches, `constrain` for activations.
 
-The mesh has the axes `data` (copies of the model), `fsdp` (rows and slices of the parameters) and `tensor` (slices
-inside a layer). The batch is split over data x fsdp. Axes are of type Auto: XLA propagates what the table and
-`constrain` pin down.
+The mesh has the axes `data` (copies of the model), `fsdp` (slices of the parameters), `expert` (likewise, but whole
+experts of a mixture) and `tensor` (slices inside a layer). The batch is split over data x fsdp x expert, so that an
+`expert` axis is one more of fsdp to all that is no expert, and to a model without experts. Axes are of type Auto: XLA
+propagates what the table and `constrain` pin down.
 """
 
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +22,19 @@ from jax.sharding import PartitionSpec as P
 from jaxpost.errors import ConfigError
 from jaxpost.options import nearest, option
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
-# Logical axis of a parameter or an activation -> mesh axis.
-MESH_AXES: dict[str | None, Any] = {
-    None: None,
+# Logical axis of a parameter or an activation -> the mesh axes that it is split over, but for those that a dimension
+# before it is split over.
+MESH_AXES: dict[str | None, tuple[str, ...]] = {
+    None: (),
     "batch": BATCH_AXES,
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "mlp": "tensor",
+    "experts": ("expert",),
+    "embed": ("fsdp", "expert"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
 }
 
 # Parameter suffix -> logical axes; the first match counts. A parameter under `layers.` has the layer axis in front,
@@ -39,9 +44,9 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "head.kernel": ("embed", "vocab"),
     "router.kernel": ("embed", None),
     "shared_share.kernel": ("embed", None),
-    "experts.gate.kernel": (None, "embed", "mlp"),
-    "experts.up.kernel": (None, "embed", "mlp"),
-    "experts.down.kernel": (None, "mlp", "embed"),
+    "experts.gate.kernel": ("experts", "embed", "mlp"),
+    "experts.up.kernel": ("experts", "embed", "mlp"),
+    "experts.down.kernel": ("experts", "mlp", "embed"),
     "query.kernel": ("embed", "heads"),
     "key.kernel": ("embed", "heads"),
     "value.kernel": ("embed", "heads"),
@@ -69,7 +74,7 @@ PARTS: dict[str, tuple[int | None, ...]] = {
     "integers": (-2, -1),
     "scale": (-1,),
 }
-# Part of an adapter (jaxpost/models/lora.py) -> likewise, of the kernel beside which it hangs.
+# Part of an adapter (jaxpost/models/lora.py) -> likewise, of the kernel beside which it hangs; a scale is one a layer.
 ADAPTER_PARTS: dict[str, tuple[int | None, ...]] = {
     **dict.fromkeys(["lora_a", "initial_a"], (-2, None)),
     **dict.fromkeys(["lora_b", "initial_b"], (None, -1)),
@@ -88,7 +93,7 @@ class MeshConfig:
 
     mesh: str | None = option(
         None,
-        "Mesh axes, e.g. fsdp=8 or fsdp=4,tensor=2; one may be -1. Default: fsdp=all devices.",
+        f"Mesh axes ({', '.join(AXES)}), e.g. fsdp=8 or fsdp=4,tensor=2; one may be -1. Default: fsdp=all devices.",
         may_change=True,
     )
 
@@ -101,7 +106,7 @@ def make_mesh(spec: str | None = None, devices: Sequence[Any] | None = None) -> 
         devices: the devices to use; all of them by default.
 
     Raises:
-        ConfigError: unknown axis, malformed size, or a product that is not the number of devices.
+        ConfigError: unknown or repeated axis, malformed size, or a product that is not the number of devices.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = _parse_mesh(spec or "fsdp=-1")
@@ -109,26 +114,31 @@ def make_mesh(spec: str | None = None, devices: Sequence[Any] | None = None) -> 
     if len(free) > 1:
         raise ConfigError(f"--mesh {spec}: only one axis may be -1")
     if free:
-        sizes[free[0]] = len(devices) // max(1, -math.prod(sizes.values()))
+        others = -math.prod(sizes.values())
+        if len(devices) % others:
+            raise ConfigError(f"--mesh {spec} needs a multiple of {others} devices, here are {len(devices)}")
+        sizes[free[0]] = len(devices) // others
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(f"--mesh {spec} needs {math.prod(sizes.values())} devices, here are {len(devices)}")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def _parse_mesh(spec: str) -> dict[str, int]:
-    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
     for part in spec.split(","):
-        axis, _, size = part.strip().partition("=")
-        if axis not in sizes:
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in AXES:
             raise ConfigError(f"--mesh {spec}: unknown axis {axis!r}{nearest(axis, AXES)}; axes are {', '.join(AXES)}")
-        if not size.lstrip("-").isdigit() or int(size) == 0 or int(size) < -1:
+        if axis in sizes:
+            raise ConfigError(f"--mesh {spec}: {axis} is given twice")
+        if not re.fullmatch(r"-1|[1-9][0-9]{0,8}", size):
             raise ConfigError(f"--mesh {spec}: the size of {axis} must be a positive number or -1, not {size!r}")
         sizes[axis] = int(size)
-    return sizes
+    return dict.fromkeys(AXES, 1) | sizes
 
 
 def batch_groups(mesh: Mesh | AbstractMesh) -> int:
-    """Number of groups of devices that see different rows (data x fsdp)."""
+    """Number of groups of devices that see different rows (data x fsdp x expert)."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -140,8 +150,8 @@ def path_of(key_path: Any) -> str:
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The PartitionSpec of the parameter (or its optimizer moment) that ends in `path`'s suffix.
 
-    A dimension that its mesh axis does not divide is replicated, with one log line. Optimizer state with a dimension
-    summed away has size 1 there, which is replicated in silence.
+    A dimension that its mesh axes do not divide is split over the part of them that does, which may be none, with one
+    log line. Optimizer state with a dimension summed away has size 1 there, which is replicated in silence.
 
     Raises:
         ConfigError: no row of the table matches; silence would replicate a large array on every device.
@@ -151,15 +161,44 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     logical = _logical_axes(path)
     if logical is None:
         raise ConfigError(f"parameter {path} has no row in the sharding table (jaxpost/sharding.py: PARAMETERS)")
-    axes: list[Any] = [None] * (len(shape) - len(logical))
-    for dim, name in zip(shape[len(axes) :], logical, strict=True):
-        axis = MESH_AXES[name]
-        if axis is not None and dim % mesh.shape[axis]:
-            if dim > 1:
-                _log.info("%s: %d is not a multiple of %s=%d, replicated", path, dim, axis, mesh.shape[axis])
-            axis = None
-        axes.append(axis)
-    return P(*axes)
+    return _spec((*[None] * (len(shape) - len(logical)), *logical), shape, mesh, path)
+
+
+def mesh_axes(
+    name: str | None, dim: int, mesh: Mesh | AbstractMesh, *, taken: Sequence[str] = (), path: str = ""
+) -> tuple[str, ...]:
+    """The mesh axes that a dimension of this size is split over; none of size 1.
+
+    Args:
+        name: its logical axis.
+        dim: its size.
+        mesh: of the array.
+        taken: axes that other dimensions of the array are split over.
+        path: of a parameter, to log what is not split as the table has it.
+    """
+
+    def size(axes: Sequence[str]) -> int:
+        return math.prod(mesh.shape[axis] for axis in axes)
+
+    wanted = tuple(axis for axis in MESH_AXES[name] if mesh.shape[axis] > 1 and axis not in taken)
+    parts = (part for count in range(len(wanted), -1, -1) for part in itertools.combinations(wanted, count))
+    found = max((part for part in parts if dim % size(part) == 0), key=size)
+    if path and found != wanted and dim > 1:
+        whole, instead = (" x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes) for axes in (wanted, found))
+        outcome = f"split over {instead} alone" if found else "replicated"
+        _log.info("%s: %d is not a multiple of %s, %s", path, dim, whole, outcome)
+    return found
+
+
+def _spec(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str = "") -> P:
+    """Where each dimension goes; a mesh axis splits the first one of those that name it and that it divides."""
+    taken: list[str] = []
+    entries = []
+    for name, dim in zip(logical, shape, strict=True):
+        axes = mesh_axes(name, dim, mesh, taken=taken, path=path)
+        taken.extend(axes)
+        entries.append(axes)
+    return P(*entries)
 
 
 def _logical_axes(path: str) -> tuple[str | None, ...] | None:
@@ -169,7 +208,8 @@ def _logical_axes(path: str) -> tuple[str | None, ...] | None:
     if part in parts:
         usual = kernel.removesuffix("adapter") + "kernel" if parts is ADAPTER_PARTS else kernel
         axes = _logical_axes(next((beside for place, beside in BESIDE.items() if kernel.endswith(place)), usual))
-        return axes and (*axes[:-2], *(None if follows is None else axes[follows] for follows in parts[part]))
+        own = () if axes is None else tuple(None if dim is None else axes[dim] for dim in parts[part])
+        return axes and own and (*axes[:-2], *own)
     return next((axes for suffix, axes in PARAMETERS.items() if path.endswith(suffix)), None)
 
 
@@ -181,14 +221,22 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Where the columns of a batch are: the leading axis is split over data x fsdp."""
+    """Where the columns of a batch are: the leading axis is split over BATCH_AXES."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Place this process's rows of a batch on the mesh; the leading axis is split over data x fsdp."""
+    """Place this process's rows of a batch on the mesh; the leading axis is split over BATCH_AXES."""
     sharding = rows_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, column) for name, column in batch.items()}
+
+
+def put_whole(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Likewise a batch that every process has all rows of: each puts those of its own devices there."""
+    sharding = rows_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(column.shape, sharding, column.__getitem__) for name, column in batch.items()
+    }
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -196,10 +244,34 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    axes = [MESH_AXES[name] for name in logical]
-    sizes = [
-        math.prod(mesh.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,))) if axis else 1 for axis in axes
-    ]
-    return jax.lax.with_sharding_constraint(
-        x, P(*(axis if dim % size == 0 else None for axis, dim, size in zip(axes, x.shape, sizes, strict=True)))
-    )
+    return jax.lax.with_sharding_constraint(x, _spec(logical, x.shape, mesh))
+
+
+def by_rows(function: Callable[..., Any], weights: Any, *rows: Any, sums: bool = False) -> Any:
+    """`function(weights, *rows)`, with every group of devices working on its own rows: in loops nothing moves.
+
+    Over `tensor` everything is split as it was. Rows that the groups cannot share are computed by all.
+
+    Args:
+        function: gives arrays whose leading axis is that of the rows; with `sums`, first a tree of sums over them.
+        weights: arrays that all groups have wholly.
+        rows: trees of arrays [B, ...].
+        sums: whether the first of two results is to be added up over the groups.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    count = jax.tree.leaves(rows)[0].shape[0]
+    if mesh.empty or batch_groups(mesh) == 1 or count % batch_groups(mesh):
+        return function(weights, *rows)
+
+    def run(weights: Any, *rows: Any) -> Any:
+        results = function(weights, *rows)
+        return (jax.lax.psum(results[0], BATCH_AXES), results[1]) if sums else results
+
+    split = P(BATCH_AXES)
+    return jax.shard_map(
+        run,
+        in_specs=(P(), *[split] * len(rows)),
+        out_specs=(P(), split) if sums else split,
+        axis_names=set(BATCH_AXES),
+        check_vma=False,
+    )(weights, *rows)

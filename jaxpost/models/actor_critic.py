@@ -85,6 +85,10 @@ class ActorCritic(nnx.Module):
         """As the policy's."""
         return self.policy.unembed(h)
 
+    def unembedding(self) -> jax.tree_util.Partial:
+        """As the policy's."""
+        return self.policy.unembedding()
+
     def score(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
         """Values of the value model's hidden states, float32."""
         return self.critic.score(h)

@@ -9,7 +9,7 @@ its completions.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -303,7 +303,7 @@ def _splash(softcap: float | None, query: Array, key: Array, value: Array, views
     return splash(softcap, query, key, value, views.segments, residuals=RESIDUALS)
 
 
-KERNELS: dict[str, Callable[..., Array]] = {"xla": _tiled, "splash": _splash}
+KERNELS: dict[str, Callable[..., Any]] = {"xla": _tiled, "splash": _splash}
 ATTENTION = ("auto", *KERNELS)
 
 

@@ -96,15 +96,17 @@ def check_finite(weights: Any, known: dict[str, np.ndarray], rows: dict[str, Row
 def finite_tensors(parameters: tuple[Array, ...], kinds: tuple[tuple[int, P], ...], mesh: Mesh) -> tuple[Array, ...]:
     """1 for each HF tensor that is finite, else 0; `kinds` are the parameters' stacked axes and layouts.
 
-    Each device judges its own shards, since a maximum over devices may leave out NaN, which one over an array does not.
+    Each device judges its own shards, number by number: a maximum may leave out NaN, over devices, and on a CPU over an
+    array of thousands.
     """
 
     def judge(*shards: Array) -> tuple[Array, ...]:
         found = []
-        for shard, (num_stacked, _) in zip(shards, kinds, strict=True):
-            axes = tuple(range(num_stacked, shard.ndim))
-            finite = jnp.isfinite(jnp.max(shard, axes)) & jnp.isfinite(jnp.min(shard, axes))
-            found.append(jax.lax.pmin(finite.astype(jnp.int32), mesh.axis_names))
+        for shard, (num_stacked, spec) in zip(shards, kinds, strict=True):
+            finite = jnp.all(jnp.isfinite(shard), tuple(range(num_stacked, shard.ndim))).astype(jnp.int32)
+            for dim, split in enumerate(spec[:num_stacked]):  # experts
+                finite = jax.lax.all_gather(finite, split or (), axis=dim, tiled=True)
+            found.append(jax.lax.pmin(finite, mesh.axis_names))
         return tuple(found)
 
     specs = tuple(spec for _, spec in kinds)

@@ -163,9 +163,11 @@ def _assemble(
         tensor = checkpoint.read(row.hf_name.format(*at))
         part = tensor if row.part is None else tensor[row.part.start : row.part.stop]
         for index, shard in shards.items():
-            inner = tuple(slice(*bound) for bound in index[row.stacked :])
-            with np.errstate(over="ignore", invalid="ignore"):  # `check_finite` says it better
-                copy(shard[at], (part.T if row.transpose else part)[inner])
+            stack, inner = index[: row.stacked], tuple(slice(*bound) for bound in index[row.stacked :])
+            if all(start <= i < stop for i, (start, stop) in zip(at, stack, strict=True)):  # experts are split
+                place = tuple(i - start for i, (start, _) in zip(at, stack, strict=True))
+                with np.errstate(over="ignore", invalid="ignore"):  # `check_finite` says it better
+                    copy(shard[place], (part.T if row.transpose else part)[inner])
         release(tensor)
 
     list(each(fill, np.ndindex(*shape[: row.stacked])))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Key
 
@@ -142,8 +143,8 @@ def check_place(model: Decoder, lora: LoraConfig, target: Target) -> None:
 def mesh_of(model: Decoder) -> Mesh | None:
     """Where a model lies; None if that is no mesh, or if the model is abstract."""
     embedding = model.embed.embedding[...]
-    is_on_mesh = not isinstance(embedding, jax.core.Tracer) and isinstance(embedding.sharding, NamedSharding)
-    return cast(Mesh, embedding.sharding.mesh) if is_on_mesh else None
+    sharding = None if isinstance(embedding, Tracer) else embedding.sharding
+    return cast(Mesh, sharding.mesh) if isinstance(sharding, NamedSharding) else None
 
 
 def placed(make: Callable[..., dict[str, Array]], path: str, mesh: Mesh | None, *args: Any) -> dict[str, Array]:

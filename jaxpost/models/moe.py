@@ -14,7 +14,7 @@ from jaxpost.models.config import Experts, ModelConfig
 from jaxpost.models.layers import ACTIVATIONS, MLP, Linear
 from jaxpost.models.lora import LoRA
 from jaxpost.models.quant import Kernel, with_dense
-from jaxpost.sharding import BATCH_AXES, batch_groups
+from jaxpost.sharding import mesh_axes
 
 Factors = tuple[tuple[Array, ...], ...]  # of the adapters of gate, up and down, each empty without one
 
@@ -99,21 +99,36 @@ def balance_loss(
 def _on_each_device(
     activation: str, weights: Array, chosen: Array, factors: Factors, x: Array, *kernels: Array
 ) -> Array:
-    """`_visit_experts`, with each group of devices sorting its own tokens, so that none move between devices."""
+    """`_visit_experts` on a mesh: each group of devices sorts its own tokens, and each device visits its own experts.
+
+    Along the axis `expert`, which splits both, tokens go to where their experts are: all of them to all devices of the
+    axis (all-gather), which add up their parts of each token where it came from (reduce-scatter). Of an axis of size n
+    a device is sent n - 1 times its own tokens, and sends as much back; sent to the visited experts alone, it were
+    k (n - 1) / n times, which is less where n is above k. In turn there is room for any choice: no token is dropped.
+    Where the axis does not divide the experts or the tokens, every device has all of these.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or len(x) % batch_groups(mesh):
+    if mesh.empty:
         return _visit_experts(activation, x, weights, chosen, factors, *kernels)
-    split = kernels[0].shape[-1] % mesh.shape["tensor"] == 0
-    tensor = "tensor" if split else None
+    num_experts, _, mlp_dim = kernels[0].shape
+    rows, expert = mesh_axes("batch", len(x), mesh), mesh_axes("experts", num_experts, mesh)
+    tensor = mesh_axes("mlp", mlp_dim, mesh)
+    moves = tuple(axis for axis in expert if axis in rows)
+    summed = tensor + tuple(axis for axis in expert if axis not in rows)
 
-    def visit(*arrays: Any) -> Array:
-        out = _visit_experts(activation, *arrays)
-        return jax.lax.psum(out, "tensor") if split else out
+    def visit(x: Array, weights: Array, chosen: Array, factors: Factors, *kernels: Array) -> Array:
+        x, weights, chosen = (jax.lax.all_gather(part, moves, tiled=True) for part in (x, weights, chosen))
+        first = jax.lax.axis_index(expert) * len(kernels[0])
+        out = _visit_experts(activation, x, weights, chosen - first, factors, *kernels)
+        return jax.lax.psum(jax.lax.psum_scatter(out, moves, tiled=True), summed)
 
-    rows, wide, tall = P(BATCH_AXES), P(None, None, tensor), P(None, tensor)
-    thin = tuple(spec[: len(part)] for spec, part in zip([(P(), wide), (P(), wide), (tall, P())], factors, strict=True))
-    specs: Any = (rows, rows, rows, thin, wide, wide, tall)
-    return jax.shard_map(visit, in_specs=specs, out_specs=rows, check_vma=False)(x, weights, chosen, factors, *kernels)
+    tokens, whole, wide, tall = P(rows), P(expert), P(expert, None, tensor), P(expert, tensor)
+    by_part = (whole, wide), (whole, wide), (tall, whole)
+    thin = tuple(specs[: len(part)] for specs, part in zip(by_part, factors, strict=True))
+    specs: Any = (tokens, tokens, tokens, thin, wide, wide, tall)
+    return jax.shard_map(visit, in_specs=specs, out_specs=tokens, check_vma=False)(
+        x, weights, chosen, factors, *kernels
+    )
 
 
 def _visit_experts(
@@ -126,16 +141,23 @@ def _visit_experts(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
 ) -> Float[Array, "rows D"]:
-    """Sort the visits by expert, so that each expert's are one matrix product; no token is dropped."""
-    order = jnp.argsort(chosen.reshape(-1), stable=True)
-    token = order // chosen.shape[1]
-    visit = partial(jax.lax.ragged_dot, group_sizes=jnp.bincount(chosen.reshape(-1), length=len(gate)))
+    """Sort the visits by expert, so that each expert's are one matrix product; no token is dropped.
+
+    Experts that `chosen` names beyond the E here are others' to visit: they add nothing, and come last in the order.
+    """
+    num_experts, num_per_token = len(gate), chosen.shape[1]
+    chosen = jnp.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts).reshape(-1)
+    # A token visits an expert once at most.
+    order = jnp.argsort(chosen, stable=True)[: len(x) * min(num_per_token, num_experts)]
+    token, ours = order // num_per_token, (chosen[order] < num_experts)[:, None]
+    visit = partial(jax.lax.ragged_dot, group_sizes=jnp.bincount(chosen, length=num_experts))
 
     def apply(rows: Array, kernel: Array, thin: tuple[Array, ...]) -> Array:
         y = visit(rows, kernel)
         return y + visit(visit(rows, thin[0]), thin[1]) if thin else y
 
-    visitors = x[token]
+    # What a product of groups says of rows outside of them is not promised, nor is their gradient.
+    visitors = jnp.where(ours, x[token], 0)
     hidden = ACTIVATIONS[activation](apply(visitors, gate, factors[0])) * apply(visitors, up, factors[1])
-    out = apply(hidden, down, factors[2])
+    out = jnp.where(ours, apply(hidden, down, factors[2]), 0)
     return jnp.zeros_like(x).at[token].add(out * weights.reshape(-1)[order][:, None])

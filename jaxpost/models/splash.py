@@ -1,10 +1,8 @@
 """Splash attention: the Pallas kernel for TPU that comes with JAX, on a mesh."""
 
-from functools import lru_cache
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
@@ -37,8 +35,18 @@ def splash(
         residuals: checkpoint name of what the backward pass needs besides its inputs.
         interpret: run the kernel's steps one by one, on any platform; for tests.
     """
+
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    def run(query: Array, key: Array, value: Array, segments: Array) -> Array:
+        kernel = _kernel(query.shape[2], query.shape[3], softcap, residuals, interpret)
+
+        def row(query: Array, key: Array, value: Array, segments: Array) -> Array:
+            return jax.vmap(kernel, in_axes=(0, 0, 0, None))(query, key, value, SegmentIds(segments, segments))
+
+        return jax.vmap(row)(query, key, value, segments).astype(query.dtype)
+
     mesh = jax.sharding.get_abstract_mesh()
-    run = _kernel(query.shape[2], query.shape[3], softcap, residuals, interpret)
     if mesh.empty:
         return run(query, key, value, segments)
     rows = BATCH_AXES if len(query) % batch_groups(mesh) == 0 else None
@@ -47,38 +55,25 @@ def splash(
     return jax.shard_map(run, in_specs=specs, out_specs=P(rows, heads), check_vma=False)(query, key, value, segments)
 
 
-@lru_cache
 def _kernel(groups: int, length: int, softcap: float | None, residuals: str, interpret: bool) -> Any:
-    """The kernel over rows [b] and key heads [k] of a device."""
+    """The kernel of the queries [G, T, d] that share a head of keys and values [T, d]."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
-    kernel_module, masks = library.splash_attention_kernel, library.splash_attention_mask
-    size = next(size for size in TILES if length % size == 0)
-    sizes = kernel_module.BlockSizes(
-        block_q=size,
-        block_kv=size,
-        block_q_dkv=size,
-        block_kv_dkv=size,
-        block_q_dq=size,
-        block_kv_dq=size,
+    size = tile(length)
+    sizes = library.BlockSizes(
+        block_q=size, block_kv=size, block_q_dq=size, block_kv_dq=size, block_q_dkv=size, block_kv_dkv=size
     )
-    with jax.ensure_compile_time_eval():  # the mask is a constant of every program that uses it
-        kernel = kernel_module.make_splash_mqa(
-            masks.MultiHeadMask([masks.CausalMask((length, length))] * groups),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            attn_logits_soft_cap=softcap,
-            residual_checkpoint_name=residuals,
-            interpret=interpret,
-        )
-        kernel = jax.tree.map(np.asarray, kernel)
+    return library.make_splash_mqa(
+        library.MultiHeadMask([library.CausalMask((length, length))] * groups),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=residuals,
+        interpret=interpret,
+    )
 
-    def run(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        def row(query: Array, key: Array, value: Array, segments: Array) -> Array:
-            ids = kernel_module.SegmentIds(segments, segments)
-            return jax.vmap(lambda q, k, v: kernel(q, k, v, ids))(query, key, value)
 
-        return jax.vmap(row)(query, key, value, segments).astype(query.dtype)
-
-    return run
+def tile(length: int) -> int:
+    """Queries, and keys, of a tile of rows of so many tokens."""
+    return next(size for size in TILES if length % size == 0)

@@ -4,6 +4,7 @@
 cache. What differs from layer to layer is data: the window, and which of the rotary embeddings.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -117,6 +118,16 @@ class Block(nnx.Module):
         return h + scale * _normed(out, self.post_mlp_norm), routing
 
 
+def _logits(config: ModelConfig, graphdef: Any, weights: Any, h: Array) -> Array:
+    """What the embedding, or the head, makes of hidden states."""
+    module = nnx.merge(graphdef, weights)
+    logits = module.attend(h) if isinstance(module, Embed) else module(h)
+    if config.logit_divisor != 1:
+        logits = logits / config.logit_divisor
+    cap = config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
 def _normed(x: Array, norm: RMSNorm | None) -> Array:
     return x if norm is None else norm(x)
 
@@ -166,12 +177,13 @@ class Decoder(nnx.Module):
 
     def unembed(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Logits of hidden states, float32."""
+        return self.unembedding()(h)
+
+    def unembedding(self) -> jax.tree_util.Partial:
+        """`unembed` as a function that is a tree, whose leaves are the arrays that it needs."""
         assert self.head_kind == "lm"
-        logits = self.embed.attend(h) if self.head is None else self.head(h)
-        if self.config.logit_divisor != 1:
-            logits = logits / self.config.logit_divisor
-        cap = self.config.logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        graphdef, weights = nnx.split(self.embed if self.head is None else self.head)
+        return jax.tree_util.Partial(partial(_logits, self.config, graphdef), nnx.to_pure_dict(weights))
 
     def score(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
         """Rewards of hidden states, float32."""

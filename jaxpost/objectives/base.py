@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jax import Array
+from jax.tree_util import Partial
 from jaxtyping import Float, Int
 
 from jaxpost.errors import ConfigError
@@ -27,6 +28,10 @@ class Model(Protocol):
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]: ...
 
     def unembed(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]: ...
+
+    def unembedding(self) -> Partial:
+        """`unembed` as a function that is a tree, whose leaves are the arrays that it needs."""
+        ...
 
     def score(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows"]: ...
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxpost.objectives.base import Batch, Model
 from jaxpost.platform import platform
-from jaxpost.sharding import batch_groups, constrain
+from jaxpost.sharding import batch_groups, by_rows, constrain
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits on a device
 CHUNK_BYTES_CPU = 24 * 2**20  # whose products are as fast with few rows, so that a last chunk wastes less
@@ -79,7 +79,7 @@ def score_tokens(
     """Log-probability and entropy of `targets` under `softmax(unembed(h) / temperature)`.
 
     Args:
-        model: only its `unembed` is used.
+        model: only its `unembedding` is used.
         h: hidden states.
         targets: one token id a position.
         mask: positions to score; the others are 0 and cost nothing.
@@ -96,12 +96,11 @@ def score_tokens(
     targets, mask = (jnp.pad(x, [(0, 0), (0, room)]) for x in (targets, mask))
     order = jnp.argsort(~mask, axis=1, stable=True)
     h = constrain(jnp.take_along_axis(h, order[:, :, None], axis=1), "batch", None, None)
-    chunks = (jnp.max(jnp.sum(mask, axis=1)) + size - 1) // size
-    # The weights behind `unembed` become arguments, so that only they get a gradient here.
-    unembed, weights = jax.closure_convert(model.unembed, h[:, :size].reshape(-1, h.shape[-1]))
+    counts = jnp.sum(mask, axis=1)
+    weights, tree = jax.tree.flatten(model.unembedding())
     options = {"temperature": temperature, "entropy_gradient": entropy_gradient, "details": details}
-    score = partial(_score_chunk, unembed, **options)
-    scores = _score_chunks(score, size, weights, h, jnp.take_along_axis(targets, order, axis=1), chunks)
+    score = partial(_score_chunk, tree, **options)
+    scores = _score_chunks(score, size, weights, h, jnp.take_along_axis(targets, order, axis=1), counts)
     back = jnp.argsort(order, axis=1)
     return jax.tree.map(lambda x: jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)[:, :length], scores)
 
@@ -114,7 +113,7 @@ def _chunk_positions(batch: int, vocab_size: int) -> int:
 
 
 def _score_chunk(
-    unembed: Callable[..., Array],
+    unembedding: Any,
     weights: list[Array],
     h: Float[Array, "B C D"],
     targets: Int[Array, "B C"],
@@ -124,7 +123,7 @@ def _score_chunk(
     details: bool,
 ) -> TokenScores:
     # One row a token: XLA on CPU spreads work over the leading dimension.
-    logits = unembed(h.reshape(-1, h.shape[-1]), *weights).astype(jnp.float32) / temperature
+    logits = unembedding.unflatten(weights)(h.reshape(-1, h.shape[-1])).astype(jnp.float32) / temperature
     chosen = jnp.take_along_axis(logits, targets.reshape(-1, 1), axis=-1)[:, 0]
     peak = lax.stop_gradient(jnp.max(logits, axis=-1))
     shifted = jnp.exp(logits - peak[:, None])
@@ -144,15 +143,18 @@ def _score_chunk(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _score_chunks(
-    score: Callable[..., TokenScores], size: int, weights: list[Array], h: Array, targets: Array, chunks: Array
+    score: Callable[..., TokenScores], size: int, weights: list[Array], h: Array, targets: Array, counts: Array
 ) -> TokenScores:
-    """Score the first `chunks` chunks of `size` positions; the number is only known at run time."""
+    """Score the first `counts` [B] positions of each row, in chunks of `size`."""
 
-    def body(index: Array, scores: TokenScores) -> TokenScores:
-        part = score(weights, _window(h, index, size), _window(targets, index, size))
-        return jax.tree.map(lambda whole, new: _put_window(whole, new, index, size), scores, part)
+    def run(weights: list[Array], h: Array, targets: Array, counts: Array) -> TokenScores:
+        def body(index: Array, scores: TokenScores) -> TokenScores:
+            part = score(weights, _window(h, index, size), _window(targets, index, size))
+            return jax.tree.map(lambda whole, new: _put_window(whole, new, index, size), scores, part)
 
-    return lax.fori_loop(0, chunks, body, _no_scores(targets))
+        return lax.fori_loop(0, _chunks(counts, size), body, _no_scores(targets))
+
+    return by_rows(run, _as_computed(weights, h), h, targets, counts)
 
 
 class _Saved(NamedTuple):
@@ -163,9 +165,9 @@ class _Saved(NamedTuple):
 
 
 def _forward(
-    score: partial[TokenScores], size: int, weights: list[Any], h: Any, targets: Any, chunks: Any
+    score: partial[TokenScores], size: int, weights: list[Any], h: Any, targets: Any, counts: Any
 ) -> tuple[TokenScores, _Saved]:
-    inputs = ([weight.value for weight in weights], h.value, targets.value, chunks.value)
+    inputs = ([weight.value for weight in weights], h.value, targets.value, counts.value)
     if any(weight.perturbed for weight in weights) or score.keywords["entropy_gradient"]:
         return _score_chunks(score, size, *inputs), _Saved(inputs=inputs)
     scores, slopes = _score_with_slopes(score, size, *inputs)
@@ -173,20 +175,23 @@ def _forward(
 
 
 def _score_with_slopes(
-    score: Callable[..., TokenScores], size: int, weights: list[Array], h: Array, targets: Array, chunks: Array
+    score: Callable[..., TokenScores], size: int, weights: list[Array], h: Array, targets: Array, counts: Array
 ) -> tuple[TokenScores, Float[Array, "B T D"]]:
     """The scores, and the gradient of each token's log-probability with respect to its hidden state."""
 
-    def body(index: Array, carry: tuple[TokenScores, Array]) -> tuple[TokenScores, Array]:
-        def total(x: Array) -> tuple[Array, TokenScores]:
-            part = score(weights, x, _window(targets, index, size))
-            return jnp.sum(part.logps), part
+    def run(weights: list[Array], h: Array, targets: Array, counts: Array) -> tuple[TokenScores, Array]:
+        def body(index: Array, carry: tuple[TokenScores, Array]) -> tuple[TokenScores, Array]:
+            def total(x: Array) -> tuple[Array, TokenScores]:
+                part = score(weights, x, _window(targets, index, size))
+                return jnp.sum(part.logps), part
 
-        slopes, part = jax.grad(total, has_aux=True)(_window(h, index, size))
-        scores = jax.tree.map(lambda whole, new: _put_window(whole, new, index, size), carry[0], part)
-        return scores, _put_window(carry[1], slopes, index, size)
+            slopes, part = jax.grad(total, has_aux=True)(_window(h, index, size))
+            scores = jax.tree.map(lambda whole, new: _put_window(whole, new, index, size), carry[0], part)
+            return scores, _put_window(carry[1], slopes, index, size)
 
-    return lax.fori_loop(0, chunks, body, (_no_scores(targets), jnp.zeros_like(h)))
+        return lax.fori_loop(0, _chunks(counts, size), body, (_no_scores(targets), jnp.zeros_like(h)))
+
+    return by_rows(run, _as_computed(weights, h), h, targets, counts)
 
 
 def _backward(score: Callable[..., TokenScores], size: int, saved: _Saved, cotangents: TokenScores) -> tuple:
@@ -194,20 +199,41 @@ def _backward(score: Callable[..., TokenScores], size: int, saved: _Saved, cotan
     if saved.inputs is None:
         assert saved.slopes is not None
         return None, (saved.slopes * cotangents.logps[:, :, None]).astype(saved.slopes.dtype), None, None
-    weights, h, targets, chunks = saved.inputs
+    given, h, targets, counts = saved.inputs
 
-    def body(index: Array, gradients: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
-        of_weights, of_h = gradients
-        _, pull = jax.vjp(lambda w, x: score(w, x, _window(targets, index, size)), weights, _window(h, index, size))
-        new_weights, new_h = pull(jax.tree.map(lambda c: _window(c, index, size), cotangents))
-        return jax.tree.map(jnp.add, of_weights, new_weights), _put_window(of_h, new_h, index, size)
+    def zeros(weight: Array) -> Array | None:
+        # The others are keys of dropout.
+        return jnp.zeros(weight.shape, weight.dtype) if jnp.issubdtype(weight.dtype, jnp.inexact) else None
 
-    start = (jax.tree.map(jnp.zeros_like, weights), jnp.zeros_like(h))
-    of_weights, of_h = lax.fori_loop(0, chunks, body, start)
+    def run(
+        weights: list[Array], h: Array, targets: Array, counts: Array, cotangents: TokenScores
+    ) -> tuple[list[Array | None], Array]:
+        def body(index: Array, gradients: tuple[list[Array | None], Array]) -> tuple[list[Array | None], Array]:
+            of_weights, of_h = gradients
+            chunk = partial(score, targets=_window(targets, index, size))
+            _, pull = jax.vjp(chunk, weights, _window(h, index, size))
+            new_weights, new_h = pull(jax.tree.map(lambda c: _window(c, index, size), cotangents))
+            pairs = zip(of_weights, new_weights, strict=True)
+            added = [None if total is None else total + new.astype(total.dtype) for total, new in pairs]
+            return added, _put_window(of_h, new_h, index, size)
+
+        return lax.fori_loop(0, _chunks(counts, size), body, ([*map(zeros, given)], jnp.zeros_like(h)))
+
+    of_weights, of_h = by_rows(run, _as_computed(given, h), h, targets, counts, cotangents, sums=True)
     return of_weights, of_h, None, None
 
 
 _score_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _chunks(counts: Int[Array, "B"], size: int) -> Int[Array, ""]:
+    """How many hold scored positions; only known at run time."""
+    return (jnp.max(counts) + size - 1) // size
+
+
+def _as_computed(weights: list[Array], h: Array) -> list[Array]:
+    """Matrices in the dtype that they are multiplied in, so that no more than that moves between devices."""
+    return [weight.astype(h.dtype) if weight.ndim > 1 and weight.dtype == jnp.float32 else weight for weight in weights]
 
 
 def _dense(cotangent: Any) -> Array:

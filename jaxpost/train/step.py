@@ -50,8 +50,8 @@ def make_step(
     training: Callable[[Any, Array], Any] = lambda model, key: model,
     follow: Callable[[TrainState], Any] = lambda state: state.reference,
     skip_spikes: float | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
-    """Compile-ready train step.
+) -> Any:
+    """Compile-ready train step: (state, batch) -> (state, StepReport).
 
     The result does not depend on how a batch is split into micro-batches, but for what is random.
 
@@ -187,7 +187,7 @@ class InParts:
 
     def __init__(self, model: Any, num_parts: int):
         self.model, self.num_parts = model, num_parts
-        self.unembed, self.score = model.unembed, model.score
+        self.unembed, self.unembedding, self.score = model.unembed, model.unembedding, model.score
 
     def hidden(self, tokens: Array, positions: Array, segments: Array) -> tuple[Array, Array]:
         """As the model's; the load-balancing loss is the mean over the parts."""

@@ -17,34 +17,32 @@ from jaxpost.data.chat import encode_prompt
 from jaxpost.data.prompts import Prompts, read_prompts
 from jaxpost.data.rows import Rows, as_rows
 from jaxpost.data.tokenizer import eos_ids
-from jaxpost.errors import ConfigError
+from jaxpost.errors import ConfigError, DataError
 from jaxpost.methods import Method
 from jaxpost.models.actor_critic import policy_of
 from jaxpost.models.adapters import folded
-from jaxpost.models.config import Compute
-from jaxpost.models.pretrained import open_source
 from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Batch
 from jaxpost.offline import Run
 from jaxpost.options import part_of
 from jaxpost.pipeline import rows_of
+from jaxpost.processes import agreed, fetch, gathered, is_main
+from jaxpost.reward_model import RewardFunction, reward_function, reward_model
+from jaxpost.rl.drawn import Sampled
 from jaxpost.rl.generate import Completion, generate
 from jaxpost.rl.plan import Plan, plan
 from jaxpost.rl.report import Recorder
 from jaxpost.rl.reward_worker import name_of
 from jaxpost.rl.rewards import RewardFunctionsConfig, Rewards
-from jaxpost.rl.rollout import Rollouts, Sampled
+from jaxpost.rl.rollout import Rollouts
 from jaxpost.rl.rollout_func import Limits, Policy, RolloutFunction, called, rollout_function
 from jaxpost.rl.rows import Answers
 from jaxpost.rl.sampling import SamplingConfig
 from jaxpost.rl.stopping import stopper
-from jaxpost.scoring import score
-from jaxpost.sharding import batch_groups, put, rows_sharding
+from jaxpost.sharding import batch_groups, put_whole, rows_sharding
 from jaxpost.train.manifest import DIGEST
 from jaxpost.train.state import TrainState, merge
 from jaxpost.train.step import InParts, Programs, remembered, split_batch
-
-RewardFunction = str | Decoder | Callable[..., Any]
 
 
 class Online:
@@ -76,8 +74,6 @@ class Online:
         folder: Path,
         rollout_func: RolloutFunction | str | None = None,
     ):
-        if jax.process_count() > 1:
-            raise ConfigError("methods that sample run on one process for now, with all of its devices")
         self.args, self.base, self.mesh, self.folder = args, base, mesh, folder
         self.plan: Plan = plan(
             args, args.per_device_train_batch_size, batch_groups(mesh), args.gradient_accumulation_steps
@@ -85,17 +81,15 @@ class Online:
         train_rows, eval_rows = rows_of(method, args, train, held_out)
         self.prompts = self._prompts(train_rows)
         self.eval_prompts = None if eval_rows is None else self._prompts(eval_rows)
-        given = args.reward_funcs if reward_funcs is None else reward_funcs
-        named = [given] if isinstance(given, str | Decoder) or callable(given) else list(given or [])
-        functions = [reward_function(function, args, base) for function in named]
-        functions += [reward_model(path, "reward_model_path", args) for path in args.reward_models]
         self.rollout_func = rollout_function(args.rollout if rollout_func is None else rollout_func)
         if self.rollout_func is not None and args.is_ahead:
             raise ConfigError("generate_ahead cannot keep what a rollout_func returns over a restart; leave one out")
-        weights = args.reward_weights
-        if weights is not None and len(weights) != len(functions):
-            raise ConfigError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions")
-        self.rewards = Rewards(functions, part_of(args, RewardFunctionsConfig))
+        if self.rollout_func is not None and jax.process_count() > 1:
+            raise ConfigError(
+                "a rollout_func runs on one process, with all of its devices: of several, all would have to ask the "
+                "model for the same at the same time, which the function's own code cannot be held to"
+            )
+        self.rewards = agreed(lambda: self._rewards(args.reward_funcs if reward_funcs is None else reward_funcs))
         self.steps_per_epoch = max(1, len(self.prompts.tokens) // self.plan.num_prompts) * self.plan.num_steps
         self.num_steps = args.total_steps(self.steps_per_epoch)
 
@@ -116,7 +110,13 @@ class Online:
         }
 
     def source(self, run: Run, state: TrainState, step: Programs) -> Rollouts:
-        """Completions from the next step on."""
+        """Completions from the next step on.
+
+        Raises:
+            DataError: the processes have not read the same prompts.
+        """
+        if len(set(gathered(self.prompts.digest()))) > 1:
+            raise DataError("the processes have read different prompts; give all of them the same dataset")
         return self._rollouts(run)
 
     def evaluation(self, run: Run, state: TrainState) -> Callable[[TrainState], dict[str, float]]:
@@ -140,6 +140,16 @@ class Online:
         per_prompt = self.args.num_generations_eval or self.args.num_generations
         values = rollouts.evaluate(state, self.eval_prompts, per_prompt)
         return {f"eval_{name}": value for name, value in values.items()}
+
+    def _rewards(self, given: Sequence[RewardFunction] | RewardFunction | None) -> Rewards:
+        args, tokenizer = self.args, self.base.tokenizer
+        named = [given] if isinstance(given, str | Decoder) or callable(given) else list(given or [])
+        functions = [reward_function(function, args, tokenizer) for function in named]
+        functions += [reward_model(path, "reward_model_path", args) for path in args.reward_models]
+        weights = args.reward_weights
+        if weights is not None and len(weights) != len(functions):
+            raise ConfigError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions")
+        return Rewards(functions, part_of(args, RewardFunctionsConfig))
 
     def _prompts(self, rows: Rows) -> Prompts:
         bad_rows, base = BadRows(self.args.on_bad_row), self.base
@@ -194,6 +204,8 @@ class Online:
         )
 
         def record(step: int, answers: Answers, advantages: np.ndarray) -> None:
+            if not is_main():
+                return
             rewards = answers.scored.rewards.T
             columns = {"prompt": [self.prompts.columns["prompt"][i] for i in answers.prompts]}
             columns |= {"completion": answers.texts}
@@ -240,7 +252,11 @@ class Online:
 
 
 class Appraisal:
-    """Makes the batches of optimizer steps of the rows of a generation; what it compiles, it compiles once."""
+    """Makes the batches of optimizer steps of the rows of a generation; what it compiles, it compiles once.
+
+    Attributes:
+        program: (params, frozen, arrays of the reference, memory, rows) -> batches, and the advantages.
+    """
 
     def __init__(self, run: Run, numbers: Plan, mesh: Mesh, *, stale: bool):
         self._mesh = mesh
@@ -261,49 +277,14 @@ class Appraisal:
             return [jax.tree.map(lambda column, i=i: column[i], split) for i in range(parts)], appraised["advantages"]
 
         # Laid out as `put` does it, so that a step is the same program when they come from a checkpoint.
-        self._appraise = jax.jit(appraise, out_shardings=(rows_sharding(mesh), None))
+        self.program = jax.jit(appraise, out_shardings=(rows_sharding(mesh), None))
 
     def __call__(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[list[Batch], np.ndarray]:
         """The batches, and the advantage of each completion [B, S]."""
         arrays = self._fixed if state.reference is None else state.reference
-        rows = put(dict(batch), self._mesh)
-        batches, advantages = self._appraise(state.params, state.frozen, arrays, state.memory, rows)
-        return batches, np.asarray(advantages)
-
-
-def reward_function(function: RewardFunction, args: Any, base: BaseModel) -> str | Callable[..., Any]:
-    """A reward model as a function, where the name is that of a folder; other names and functions as they are."""
-    if isinstance(function, Decoder):
-        return scorer(function, base.tokenizer, "reward_model", args)
-    if isinstance(function, str) and Path(function).is_dir():
-        return reward_model(function, "reward_funcs", args)
-    return function
-
-
-def reward_model(path: str, flag: str, args: Any) -> Callable[..., Any]:
-    """The model at a path as a function; texts are tokenised as it reads them.
-
-    Raises:
-        ConfigError: there is none, or it has no trained reward head.
-    """
-    source = open_source(path)
-    if not source.has_trained_head("reward"):
-        raise ConfigError(f"{flag}: {path} has no trained reward head; train one with jaxpost reward")
-    model = source.load(head="reward", dtype=args.dtype, compute=Compute(dtype=args.dtype))
-    return scorer(model, source.tokenizer(), Path(path).name, args)
-
-
-def scorer(model: Decoder, tokenizer: Any, name: str, args: Any) -> Callable[..., Any]:
-    """A reward function of a reward model and its tokenizer."""
-    if model.head_kind != "reward":
-        raise ConfigError(f'{name} has no score; load it with from_pretrained(path, head="reward")')
-
-    def scores(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, completions, strict=True)]
-        return score(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size).tolist()
-
-    scores.__name__ = name
-    return scores
+        rows = put_whole(batch, self._mesh)
+        batches, advantages = self.program(state.params, state.frozen, arrays, state.memory, rows)
+        return batches, fetch(advantages)
 
 
 def _known(values: np.ndarray) -> list[float | None]:

@@ -1,13 +1,24 @@
-"""The processes of a run: how they find each other, and how they agree."""
+"""The processes of a run: how they find each other, and how they agree.
 
+All of them run the same program at the same time. What a function here says is the same on every process, and where
+there are several it returns on none before all have called it: no process may leave out a call that others make.
+"""
+
+import itertools
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxpost import watch
-from jaxpost.errors import ConfigError, one_line
+from jaxpost.errors import ConfigError, JaxpostError, PreemptedError, one_line
 from jaxpost.options import option
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +68,20 @@ def join(config: ProcessesConfig) -> None:
         )
     except RuntimeError as error:
         raise ConfigError(f"the processes do not meet at {config.coordinator_address}: {one_line(error)}") from error
+    if jax.default_backend() == "cpu":
+        # The first process alone finds its programs there, and they send in another order than those that are compiled.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_main() -> bool:
     """Whether this is the process that writes and speaks."""
     return jax.process_index() == 0
+
+
+def own_share(count: int) -> slice:
+    """Which of so many things in a row are this process's to work at; none, where there are fewer than processes."""
+    number, processes = jax.process_index(), jax.process_count()
+    return slice(count * number // processes, count * (number + 1) // processes)
 
 
 def all_agree(fine: bool) -> bool:
@@ -73,10 +93,69 @@ def all_agree(fine: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))
 
 
-def told_to_stop(step: int) -> bool:
-    """Whether the run should end at this step, which every process comes to: all get the same answer."""
+def gathered(value: Any) -> list[Any]:
+    """What each process gives, in their order; anything that can be pickled."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(1 << (int(sizes.max()) - 1).bit_length(), np.uint8)  # few sizes: each is a program
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def agreed(make: Callable[[], Made]) -> Made:
+    """What is made here, if every process can make it.
+
+    Raises:
+        JaxpostError: what the first one that cannot has raised.
+    """
+    made: list[Made] = []
+    error = None
+    try:
+        made.append(make())
+    except JaxpostError as fault:
+        error = fault
+    for first in filter(None, gathered(error)):
+        raise first
+    return made[0]
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as NumPy's, whole, on every process that has a part of them; where those are several, inside of a mesh."""
+    if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return jax.device_get(_replicated(tree))
+
+
+# Made once, so that nothing is compiled twice.
+_replicated = jax.jit(lambda tree: tree, out_shardings=P())
+_calls = itertools.count()  # of `told_to_stop`, which are the same on every process
+
+
+def told_to_stop() -> bool:
+    """Whether the run should end here."""
     if jax.process_count() == 1:
         return watch.is_told()
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+    # All end at the same call, the next after those that any of them has made when the signal is heard; a number that
+    # is left out would never be come to.
+    return multihost_utils.reached_preemption_sync_point(next(_calls))
+
+
+def check(arrays: Any) -> None:
+    """Called now and then by what takes long and can be done again.
+
+    `arrays` are those it works with. Where they are this process's alone, the other processes need not call.
+
+    Raises:
+        PreemptedError: the run has been told to stop.
+    """
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(arrays)):
+        watch.check()
+    elif told_to_stop():
+        raise PreemptedError("told to stop")

@@ -140,6 +140,7 @@ def score(
     is_paired = type_of(rows, accepted=(*COMPARED, *SCORED)).kind in COMPARED
     vocab_size = embedding_rows(tokenizer, model.config.vocab_size)
     store = stored(_examples(rows, tokenizer, is_paired, max_length, vocab_size=vocab_size))
+    processes = sorted({device.process_index for device in mesh.devices.flat})
     packs, num_rows = units(store, 2 if is_paired else 1, {}), batch_groups(mesh)
     size = batch_size * num_rows
     steps = -(-len(packs) // size)
@@ -153,8 +154,8 @@ def score(
         sampling="sequential",
         num_lengths=min(LENGTHS, steps),
         multiple=64,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=processes.index(jax.process_index()),
+        process_count=len(processes),
     )
     graphdef, weights = nnx.split(model)
 

@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 
 FLOOR = {
-    **dict.fromkeys(["sharding", "metrics", "errors", "options", "locks", "writing", "watch", "processes"], 1),
+    **dict.fromkeys(
+        ["sharding", "metrics", "errors", "options", "platform", "locks", "writing", "watch", "processes"], 1
+    ),
     **dict.fromkeys(["models", "data"], 2),
     **dict.fromkeys(["objectives", "rl"], 3),
     **dict.fromkeys(["train", "encode"], 4),
     **dict.fromkeys(["methods", "base_model", "ref_model", "value_model"], 5),
-    "pipeline": 6,
-    **dict.fromkeys(["generate", "export", "preview", "evaluate", "scoring", "offline"], 7),
+    **dict.fromkeys(["pipeline", "scoring"], 6),
+    **dict.fromkeys(["generate", "export", "preview", "evaluate", "offline", "reward_model"], 7),
     "online": 8,
     **dict.fromkeys(["trainer", "plan"], 9),
+    "planning": 9,
     **dict.fromkeys(["cli", "trainers"], 10),
     **dict.fromkeys(["__main__", "__init__"], 11),
 }

@@ -8,13 +8,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxpost import watch
 from jaxpost.errors import ConfigError
+from jaxpost.processes import check, fetch
 from jaxpost.rl.sampling import Sampling
 from jaxpost.rl.slots import Programs, Slots, programs
 
@@ -91,16 +89,16 @@ def generate(
     if not len(prompts):
         return []
     graphdef, weights = nnx.split(model)
-    sizes = _cache_lengths(bucket(max(map(len, prompts))), max_new_tokens)
+    sizes = cache_lengths(bucket(max(map(len, prompts))), max_new_tokens)
     compiled = [programs(graphdef, max_new_tokens, size) for size in (sizes if model.cache_grows else sizes[-1:])]
     # Prompts of similar length are read together: each costs as much as the longest of them.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     queue = deque(row * num_return_sequences + i for row in order for i in range(num_return_sequences))
-    batch = _Batch(compiled, weights, min(_power(batch_size), _power(len(queue))), stop)
-    ends = jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32)
+    batch = _Batch(compiled, weights, min(power(batch_size), power(len(queue))), stop)
+    ends = np.asarray(sorted(set(eos_ids)) or [-1], np.int32)
     completions: list[Completion | None] = [None] * len(queue)
     while queue or batch.active:
-        watch.check()
+        check(weights)
         batch.fill(queue, prompts, limits, num_return_sequences, first_request)
         for request, completion in batch.run(ends, sampling, seed, more=len(queue)):
             completions[request] = completion
@@ -173,7 +171,7 @@ class _Batch:
             for source, (prompt, pairs) in enumerate(begun.items())
             for slot, number in pairs
         ]
-        numbers = np.full((4, _power(len(each))), 0, np.int32)
+        numbers = np.full((4, power(len(each))), 0, np.int32)
         numbers[0] = len(self._requests)
         numbers[:, : len(each)] = np.transpose(each)
         places, sources, requests, ends = numbers
@@ -185,7 +183,7 @@ class _Batch:
             for slot, request in pairs:
                 self._requests[slot] = _Request(request, len(prompts[prompt]))
 
-    def run(self, ends: jax.Array, sampling: Sampling, seed: int, *, more: int) -> list[tuple[int, Completion]]:
+    def run(self, ends: np.ndarray, sampling: Sampling, seed: int, *, more: int) -> list[tuple[int, Completion]]:
         """Decode until there is something to do for the host; the requests that are finished.
 
         `more` requests wait for a free slot.
@@ -205,16 +203,15 @@ class _Batch:
         self._slots = self._compiled.decode(
             self._weights, self._layers, self._slots, ends, sampling, seed, enough, steps
         )
-        finished = self._collect(set(np.asarray(ends).tolist()))
+        finished = self._collect(set(ends.tolist()))
         if not more and self._shrinks:
             self._shrink()
         return finished
 
     def _collect(self, ends: set[int]) -> list[tuple[int, Completion]]:
         slots = self._slots
-        done, counts, ids, logps, lengths = jax.device_get(
-            (slots.done, slots.counts, slots.ids, slots.logps, slots.cache.lengths)
-        )
+        looked_at = (slots.done, slots.counts, slots.ids, slots.logps, slots.cache.lengths)
+        done, counts, ids, logps, lengths = fetch(looked_at)
         finished, stopped = [], np.zeros(len(done), bool)
         for slot, request in enumerate(self._requests):
             if request is None:
@@ -245,7 +242,7 @@ class _Batch:
         self._requests = [self._requests[slot] for slot in kept] + [None] * (smaller - active)
 
 
-def _cache_lengths(prompt: int, completion: int) -> list[int]:
+def cache_lengths(prompt: int, completion: int) -> list[int]:
     """From room for a prompt and a little more to room for all of it, in few steps."""
     size, last = (tokens + -tokens % CACHE_MULTIPLE for tokens in (prompt + CACHE_MULTIPLE, prompt + completion))
     sizes = []
@@ -257,24 +254,24 @@ def _cache_lengths(prompt: int, completion: int) -> list[int]:
 
 def bucket(length: int) -> int:
     """The next of 16, 24, 32, 40, ..., 64, 80, ..., 128, 160, ...: few shapes to compile, little padding."""
-    step = max(8, _power(length) // 8)
+    step = max(8, power(length) // 8)
     return max(16, length + -length % step)
 
 
 def _rung(count: int) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, 16, ..."""
-    power = _power(count)
-    return power * 3 // 4 if count <= power * 3 // 4 else power
+    above = power(count)
+    return above * 3 // 4 if count <= above * 3 // 4 else above
 
 
-def _power(count: int) -> int:
+def power(count: int) -> int:
     """The next power of two."""
     return 1 << (count - 1).bit_length()
 
 
 def _pad(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded tokens [P, T] and lengths [P]; missing rows are one token long."""
-    rows = _power(len(prompts))
+    rows = power(len(prompts))
     tokens, lengths = np.zeros((rows, bucket(max(map(len, prompts)))), np.int32), np.ones(rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt

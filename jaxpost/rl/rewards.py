@@ -2,33 +2,30 @@
 
 A function that raises, hangs, or returns what is no number costs those completions their reward, not the run its life:
 they are left out of the mean that the others are compared with, counted and logged. Beyond a rate it is an error.
+
+Of several processes each has functions of its own, which see its share of a generation: whole groups of a prompt.
 """
 
 import ast
 import importlib.util
 import inspect
 import math
-import os
-import subprocess
 import sys
-import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpost.errors import ConfigError, RewardError
 from jaxpost.options import nearest, option
 from jaxpost.rl.builtin_rewards import FACTORIES, FUNCTIONS, accuracy_reward, builtin
-from jaxpost.rl.reward_worker import Answer, Source, ask, describe, name_of
+from jaxpost.rl.reward_runner import Failure, Process, Runner, Thread
+from jaxpost.rl.reward_worker import Source, name_of
 
-START_SECONDS = 300.0  # for a function's imports
 LEAST_SECONDS = 1.0  # that a single completion is given
 
 
@@ -63,120 +60,35 @@ class Scored(NamedTuple):
         failed: bool [N, F]; where that was the function's fault. None is not one.
         metrics: what functions logged.
         columns: likewise, one entry a completion.
-        seconds: of each function.
+        faults: what went wrong, of each function; empty where nothing did.
     """
 
     rewards: np.ndarray
     failed: np.ndarray
     metrics: dict[str, list[float]]
     columns: dict[str, list[Any]]
-    seconds: dict[str, float]
+    faults: list[str]
 
+    @classmethod
+    def joined(cls, parts: Sequence["Scored"]) -> "Scored":
+        """What is said of the completions of all parts, one part after the other.
 
-@runtime_checkable
-class Runner(Protocol):
-    """How a function is called."""
-
-    def __call__(self, arguments: dict[str, Any], seconds: float) -> Answer:
-        """What it says.
-
-        Raises:
-            Failure: it says nothing.
+        A part of which a column says nothing, of no completions say, has None there.
         """
-        ...
-
-    def close(self) -> None: ...
-
-
-class Failure(Exception):
-    """A function has raised, hung or died; the text says which."""
-
-
-class Process:
-    """A function in a process, which is killed when its time is over and started again for the next call."""
-
-    def __init__(self, source: Source):
-        self._source = source
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Any = None
-        self._end: Callable[[], Any] = lambda: None
-
-    def start(self) -> None:
-        """Import the function, if that has not been done.
-
-        Raises:
-            Failure: that cannot be done.
-        """
-        if self._process is not None and self._process.poll() is None:
-            return
-        self.close()
-        self._connection, theirs = Pipe()
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "jaxpost.rl.reward_worker", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
-        theirs.close()
-        self._end = weakref.finalize(self, _end, self._process, self._connection)
-        self._exchange(self._source, START_SECONDS)
-
-    def __call__(self, arguments: dict[str, Any], seconds: float) -> Answer:
-        self.start()
-        return Answer(*self._exchange(arguments, seconds))
-
-    def _exchange(self, message: Any, seconds: float) -> Any:
-        try:
-            self._connection.send(message)
-            if not self._connection.poll(seconds):
-                self.close()
-                raise Failure(f"no answer within {seconds:.3g} seconds")
-            is_fine, answer = self._connection.recv()
-        except (EOFError, OSError) as error:
-            assert self._process is not None
-            code = self._process.wait()
-            self.close()
-            raise Failure(f"its process ended with code {code}") from error
-        if not is_fine:
-            raise Failure(answer)
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        self._end()
-        self._process = None
-
-
-def _end(process: subprocess.Popen[bytes], connection: Any) -> None:
-    process.kill()
-    process.wait()
-    connection.close()
-
-
-class Thread:
-    """A function that only this process has (a lambda, a method): one that hangs is left behind."""
-
-    def __init__(self, function: Callable[..., Any]):
-        self._function = function
-
-    def __call__(self, arguments: dict[str, Any], seconds: float) -> Answer:
-        answers: list[Answer] = []
-        faults: list[str] = []
-
-        def run() -> None:
-            try:
-                answers.append(ask(self._function, arguments))
-            except Exception as error:
-                faults.append(describe(error))
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(seconds)
-        if thread.is_alive():
-            raise Failure(f"no answer within {seconds:.3g} seconds")
-        if faults:
-            raise Failure(faults[0])
-        return answers[0]
-
-    def close(self) -> None:
-        """Nothing to end."""
+        metrics: dict[str, list[float]] = {}
+        columns: dict[str, list[Any]] = {name: [] for part in parts for name in part.columns}
+        for part in parts:
+            for name, values in part.metrics.items():
+                metrics.setdefault(name, []).extend(values)
+            for name, values in columns.items():
+                values += part.columns.get(name, [None] * len(part.rewards))
+        return cls(
+            np.concatenate([part.rewards for part in parts]),
+            np.concatenate([part.failed for part in parts]),
+            metrics,
+            columns,
+            [next(filter(None, faults), "") for faults in zip(*(part.faults for part in parts), strict=True)],
+        )
 
 
 class Rewards:
@@ -211,32 +123,39 @@ class Rewards:
                     self.close()
                     raise ConfigError(f"reward_funcs: {name} cannot be loaded ({failure})") from failure
 
-    def __call__(self, arguments: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> Scored:
-        """Score completions with all functions at once.
+    def __call__(self, arguments: Mapping[str, Sequence[Any]], count: int) -> Scored:
+        """Score so many completions with all functions at once.
 
-        Args:
-            arguments: lists of N: prompts, completions, completion_ids and the columns of the dataset.
-            rows: number of each completion's row in the dataset, for messages.
-
-        Raises:
-            RewardError: a function fails too often.
+        `arguments` are lists of as many: prompts, completions, completion_ids and the columns of the dataset.
         """
         with ThreadPoolExecutor(len(self.names)) as pool:
-            results = list(pool.map(lambda runner: self._score(runner, arguments, len(rows)), self._runners))
-        for name, result in zip(self.names, results, strict=True):
-            if np.mean(result.failed) > self._config.max_reward_failures:
-                first = next(i for i in range(len(rows)) if result.failed[i])
-                share = f"{int(np.sum(result.failed))} of {len(rows)} completions"
-                raise RewardError(
-                    f"reward function {name} fails for {share}; for row {rows[first] + 1}: {result.fault}"
-                )
+            results = list(pool.map(lambda runner: self._score(runner, arguments, count), self._runners))
         return Scored(
             rewards=np.stack([result.values for result in results], axis=1),
             failed=np.stack([result.failed for result in results], axis=1),
             metrics={key: values for result in results for key, values in result.metrics.items()},
             columns={key: values for result in results for key, values in result.columns.items()},
-            seconds={name: result.seconds for name, result in zip(self.names, results, strict=True)},
+            faults=[result.fault for result in results],
         )
+
+    def check(self, scored: Scored, rows: Sequence[int]) -> None:
+        """Whether the functions may go on.
+
+        Args:
+            scored: what they have said of a generation.
+            rows: number of each completion's row in the dataset, for messages.
+
+        Raises:
+            RewardError: one fails too often, or has logged a column that is not one entry a completion.
+        """
+        for name, values in scored.columns.items():
+            if len(values) != len(rows):
+                raise RewardError(f"log_extra: column {name} has {len(values)} values for {len(rows)} completions")
+        for name, failed, fault in zip(self.names, scored.failed.T, scored.faults, strict=True):
+            if np.mean(failed) > self._config.max_reward_failures:
+                share = f"{int(np.sum(failed))} of {len(rows)} completions"
+                first = rows[int(np.argmax(failed))]
+                raise RewardError(f"reward function {name} fails for {share}; for row {first + 1}: {fault}")
 
     def close(self) -> None:
         """End the processes."""
@@ -245,14 +164,15 @@ class Rewards:
 
     def _score(self, runner: Runner, arguments: Mapping[str, Sequence[Any]], count: int) -> "_Result":
         """All completions at once, or where that fails one by one, so that only those fail which are the cause."""
-        began = time.perf_counter()
+        if count == 0:
+            return _Result.failure(0, "")
         try:
             answer = runner(dict(arguments), self._config.reward_timeout)
             values, failed, fault = _numbers(answer.values, count)
-            return _Result(values, failed, fault, time.perf_counter() - began, answer.metrics, answer.columns)
+            return _Result(values, failed, fault, answer.metrics, answer.columns)
         except Failure as failure:
             if count == 1:
-                return _Result.failure(count, str(failure), time.perf_counter() - began)
+                return _Result.failure(count, str(failure))
             fault = str(failure)
         seconds = max(LEAST_SECONDS, self._config.reward_timeout / count)
         deadline = time.perf_counter() + 2 * self._config.reward_timeout
@@ -267,7 +187,7 @@ class Rewards:
                 continue
             one, wrong, text = _numbers(answer.values, 1)
             values[i], failed[i], fault = one[0], wrong[0], text or fault
-        return _Result(values, failed, fault, time.perf_counter() - began, {}, {})
+        return _Result(values, failed, fault, {}, {})
 
 
 class _Result(NamedTuple):
@@ -276,13 +196,12 @@ class _Result(NamedTuple):
     values: np.ndarray
     failed: np.ndarray
     fault: str
-    seconds: float
     metrics: dict[str, list[float]]
     columns: dict[str, list[Any]]
 
     @classmethod
-    def failure(cls, count: int, fault: str, seconds: float) -> "_Result":
-        return cls(np.full(count, np.nan, np.float32), np.ones(count, bool), fault, seconds, {}, {})
+    def failure(cls, count: int, fault: str) -> "_Result":
+        return cls(np.full(count, np.nan, np.float32), np.ones(count, bool), fault, {}, {})
 
 
 def _numbers(values: Any, count: int) -> tuple[np.ndarray, np.ndarray, str]:

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,13 +13,14 @@ from jaxpost import watch
 from jaxpost.data.loader import shuffled
 from jaxpost.data.prompts import Prompts
 from jaxpost.metrics import Greatest, Least, Metric
+from jaxpost.processes import own_share
+from jaxpost.rl.drawn import Drawn, Sampled, arrays_of, completions_of
 from jaxpost.rl.generate import Completion
 from jaxpost.rl.plan import GenerationConfig, Plan
 from jaxpost.rl.report import Scores, completion_metrics, reward_metrics
-from jaxpost.rl.rewards import Rewards, Scored
+from jaxpost.rl.rewards import Rewards
 from jaxpost.rl.rows import Answers, deal, rows_of
 
-LOOK_SECONDS = 0.5
 PHASES = {"generation": "generate", "reward": "score"}  # of the watch, by what the seconds are logged as
 
 
@@ -35,44 +36,6 @@ class Rollout(NamedTuple):
     batch: Any
     metrics: Mapping[str, Metric]
     times: Mapping[str, float]
-
-
-class Sampled(NamedTuple):
-    """Completions of some prompts, those of a prompt one after the other.
-
-    Attributes:
-        prompt_ids: tokens that each one follows.
-        completions: of the policy.
-        columns: a list each that reward functions are given beside those of the dataset.
-    """
-
-    prompt_ids: list[np.ndarray]
-    completions: list[Completion]
-    columns: Mapping[str, list[Any]]
-
-
-class Drawn(NamedTuple):
-    """Completions whose rewards are being computed.
-
-    Attributes:
-        numbers: of the prompts, one a completion.
-        sampled: the completions.
-        texts: as reward functions see them.
-        scored: what those will say.
-    """
-
-    numbers: list[int]
-    sampled: Sampled
-    texts: list[Any]
-    scored: Future[Scored]
-
-    def answers(self) -> Answers:
-        """With the rewards, which are waited for."""
-        while not wait([self.scored], timeout=LOOK_SECONDS).done:
-            watch.check()
-        return Answers(
-            self.numbers, self.sampled.prompt_ids, self.sampled.completions, self.texts, self.scored.result()
-        )
 
 
 class Clock:
@@ -172,11 +135,12 @@ class Rollouts:
     def kept(self) -> list[Any]:
         """What cannot be made again: the rest of a generation that was begun, and one that was sampled ahead."""
         batches = self._batches if self._next % self.plan.num_steps else []
-        return batches if self._drawn is None else [*batches, _arrays(self._drawn.sampled.completions)]
+        return batches if self._drawn is None else [*batches, arrays_of(self._drawn.sampled.completions)]
 
     def evaluate(self, state: Any, prompts: Prompts, per_prompt: int) -> dict[str, float]:
         """Rewards of completions of other prompts."""
-        answers = self._draw(state, prompts, list(range(len(prompts.tokens))), per_prompt, 0).answers()
+        drawn = self._draw(state, prompts, list(range(len(prompts.tokens))), per_prompt, 0)
+        answers = drawn.answers(self._rewards)
         metrics = completion_metrics(answers.completions) | reward_metrics(self._scores(answers, per_prompt))
         return {name: _value(metric) for name, metric in metrics.items()}
 
@@ -198,7 +162,7 @@ class Rollouts:
     ) -> tuple[list[Any], dict[str, Metric]]:
         """The batches of a generation, and metrics of its completions."""
         with clock("reward"):
-            answers = drawn.answers()
+            answers = drawn.answers(self._rewards)
         if self.config.dynamic_sampling:
             answers = self._resampled(state, answers, generation, clock)
         with clock("appraise"):
@@ -232,12 +196,13 @@ class Rollouts:
         """The generation that was sampled ahead of the one that a checkpoint is in."""
         numbers = self._numbers(-(-self._next // self.plan.num_steps))
         ids = [self.prompts.tokens[i] for i in numbers for _ in range(self.plan.num_generations)]
-        sampled = Sampled(ids, _completions(arrays), {})
+        sampled = Sampled(ids, completions_of(arrays), {})
         return self._given(self.prompts, numbers, self.plan.num_generations, sampled)
 
     def _given(self, prompts: Prompts, numbers: Sequence[int], per_prompt: int, sampled: Sampled) -> Drawn:
-        """Completions, given to the reward functions."""
-        completions = sampled.completions
+        """Completions, of which the reward functions are given this process's share."""
+        completions, share = sampled.completions, own_share(len(numbers))
+        here = slice(share.start * per_prompt, share.stop * per_prompt)
         each = [i for i in numbers for _ in range(per_prompt)]
         columns = {name: [cells[i] for i in each] for name, cells in prompts.columns.items()}
         asked = columns.pop("prompt")
@@ -249,8 +214,9 @@ class Rollouts:
             "completions": texts,
             "completion_ids": [completion.tokens for completion in completions],
         }
-        scored = self._scoring.submit(self._rewards, arguments, [prompts.rows[i] for i in each])
-        return Drawn(each, sampled, texts, scored)
+        arguments = {name: values[here] for name, values in arguments.items()}
+        scored = self._scoring.submit(self._rewards, arguments, here.stop - here.start)
+        return Drawn(each, [prompts.rows[i] for i in each], sampled, texts, scored)
 
     def _resampled(self, state: Any, answers: Answers, generation: int, clock: Clock) -> Answers:
         """Other prompts where rewards do not differ, as long as there are such and tries are left.
@@ -267,7 +233,7 @@ class Rollouts:
             with clock("generation"):
                 drawn = self._draw(state, self.prompts, numbers, self.plan.num_generations, begin)
             with clock("reward"):
-                others = drawn.answers()
+                others = drawn.answers(self._rewards)
             better = [i for i in range(len(dull)) if i not in self._dull(others)]
             places = dict(zip(dull, better, strict=False))
             answers = answers.replaced(places, others, self.plan.num_generations)
@@ -277,26 +243,6 @@ class Rollouts:
         """Groups whose completions are all rewarded alike."""
         values = self._scores(answers, self.plan.num_generations).summed.reshape(-1, self.plan.num_generations)
         return [i for i, group in enumerate(values) if len(set(group[~np.isnan(group)].tolist())) < 2]
-
-
-def _arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
-    """Completions as a checkpoint keeps them, [N] and [N, T]."""
-    lengths = np.array([len(completion.tokens) for completion in completions], np.int32)
-    tokens = np.zeros((len(lengths), lengths.max()), np.int32)
-    logps = np.zeros(tokens.shape, np.float32)
-    for row, completion in enumerate(completions):
-        tokens[row, : lengths[row]], logps[row, : lengths[row]] = completion.tokens, completion.logps
-    ended = np.array([completion.ended for completion in completions], np.float32)
-    return {"tokens": tokens, "logps": logps, "lengths": lengths, "ended": ended}
-
-
-def _completions(arrays: Mapping[str, Any]) -> list[Completion]:
-    """The same completions again."""
-    tokens, logps, lengths, ended = (np.asarray(arrays[name]) for name in ("tokens", "logps", "lengths", "ended"))
-    return [
-        Completion(tokens[row, :length].tolist(), logps[row, :length].tolist(), bool(ended[row]))
-        for row, length in enumerate(lengths.tolist())
-    ]
 
 
 def _value(metric: Metric) -> float:

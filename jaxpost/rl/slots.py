@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from jaxpost.platform import platform
 from jaxpost.rl.sampling import Sampling, sample
 from jaxpost.sharding import constrain
 
@@ -78,7 +79,7 @@ class Programs:
 
     def layers(self, weights: Any) -> tuple[Any, ...] | None:
         """The weights of each layer, for `decode`. XLA on CPU would slice them out of the stack at every token."""
-        return self._unstacked(weights) if jax.default_backend() == "cpu" else None
+        return self._unstacked(weights) if platform() == "cpu" else None
 
     def _empty(self, weights: Any, rows: int) -> Slots:
         """Free slots."""

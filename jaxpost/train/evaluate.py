@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxpost import watch
 from jaxpost.data.loader import Loader
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Metric, Tally
 from jaxpost.objectives.base import Batch, Objective
 from jaxpost.options import one_of, option
+from jaxpost.processes import check, fetch
 from jaxpost.sharding import put
 from jaxpost.train.reference import Reference
 from jaxpost.train.state import TrainState, merge
@@ -99,7 +98,7 @@ class Evaluation:
         """The metrics of a state."""
         tally = Tally()
         for batch in self.loader(0, partial(put, mesh=self.mesh)):
-            watch.check()
+            check(batch)
             tally.add(jax.device_get(self._measure(state, batch)))
         values = tally.values()
         if self.compute_metrics is not None:
@@ -135,8 +134,7 @@ def by_example(values: Callable[[Batch], Array], loader: Loader, mesh: Mesh) -> 
     """
     found = np.zeros(len(loader.packs.examples), np.float32)
     for step, batch in enumerate(loader(0, partial(put, mesh=mesh))):
-        watch.check()
-        rows = multihost_utils.process_allgather(values(batch), tiled=True)
-        for row, numbers in zip(np.asarray(rows), loader.members(step), strict=True):
+        check(batch)
+        for row, numbers in zip(fetch(values(batch)), loader.members(step), strict=True):
             found[numbers] = row[: len(numbers)]
     return found

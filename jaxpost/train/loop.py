@@ -156,7 +156,7 @@ class _Fit:
                 self._look_back()
             while self.done < self.loop.schedule.total_steps:
                 self.loop.checkpoints.check()
-                if told_to_stop(self.done):
+                if told_to_stop():
                     raise PreemptedError("told to stop")
                 is_first = self.done == self.start
                 with watch.phase("compile" if is_first else "train"):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -81,6 +82,17 @@ class Rig:
 
     def start(self, method, out, more="", faults="paced", devices=1, seen=None):
         return Process([faults, *self.flags(method, out, more)], seen or out, devices)
+
+    def start_two(self, method, out, more="", faults="paced"):
+        """Two processes of one run, of four devices each."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        more = f"{more} --coordinator_address localhost:{port} --num_processes 2 --process_id"
+        return [
+            self.start(method, out, f"{more} {number}", faults, devices=4, seen=f"{out}.{number}")
+            for number in range(2)
+        ]
 
     def run(self, method, out, more="", faults="paced", devices=1):
         """To the end; the exit code."""

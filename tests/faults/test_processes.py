@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import socket
 import time
 
 import pytest
@@ -16,15 +15,7 @@ FLAGS = "--per_device_train_batch_size 1 --max_length 64"
 
 
 def start(rig, out, more="", faults="paced"):
-    """Both processes, of four devices each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = f"--packing false {FLAGS} {more} --coordinator_address localhost:{port} --num_processes 2"
-    return [
-        rig.start("sft", out, f"{shared} --process_id {number}", faults, devices=4, seen=f"{out}.{number}")
-        for number in range(2)
-    ]
+    return rig.start_two("sft", out, f"--packing false {FLAGS} {more}", faults)
 
 
 def complete(out):

@@ -1,11 +1,13 @@
 """Reward functions that do what they should, and those that raise, hang, die or return what is no number."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from jaxpost.errors import ConfigError, RewardError
 from jaxpost.rl.builtin_rewards import FACTORIES, FUNCTIONS, last_number
-from jaxpost.rl.rewards import RewardFunctionsConfig, Rewards
+from jaxpost.rl.rewards import RewardFunctionsConfig, Rewards, Scored
 
 TEXTS = ["1", "two", "3 and 4", "", "-5.5", "6,000"]
 ROWS = list(range(10, 16))
@@ -53,6 +55,10 @@ def too_few(completions, **kwargs):
 def text(completions, **kwargs):
     return "good"
 
+def logs_too_much(completions, log_extra, **kwargs):
+    log_extra("letters", "".join(completions))
+    return [0.0] * len(completions)
+
 def words(completions, **kwargs):
     return ["good"] * len(completions)
 """
@@ -85,15 +91,14 @@ def arguments():
 
 
 def test_functions_of_a_file_sync_and_async_with_columns_and_logs(rewards):
-    scored = rewards("lengths", "later", "logs")(arguments(), ROWS)
+    scored = rewards("lengths", "later", "logs")(arguments(), len(ROWS))
     assert scored.rewards.tolist() == [[len(text), 2 * i, 0] for i, text in enumerate(TEXTS)]
     assert not scored.failed.any()
     assert scored.metrics == {"words": [3.0]} and scored.columns == {"first": ["1", "t", "3", "", "-", "6"]}
-    assert set(scored.seconds) == {"lengths", "later", "logs"}
 
 
 def test_none_is_no_reward_and_nan_is_a_fault(rewards):
-    scored = rewards("some")(arguments(), ROWS)
+    scored = rewards("some")(arguments(), len(ROWS))
     assert np.isnan(scored.rewards[:, 0]).tolist() == [False, True, False, True, False, False]
     assert scored.failed[:, 0].tolist() == [False, True, False, False, False, False]
 
@@ -102,7 +107,7 @@ def test_none_is_no_reward_and_nan_is_a_fault(rewards):
 def test_only_the_completion_that_is_the_cause_loses_its_reward(rewards, name):
     functions = rewards(name, reward_timeout=2.0)
     for _ in range(2):  # a process that was killed is started again
-        scored = functions(arguments(), ROWS)
+        scored = functions(arguments(), len(ROWS))
         assert scored.failed[:, 0].tolist() == [False, True, False, False, False, False]
         assert np.nansum(scored.rewards) == 5
 
@@ -117,9 +122,33 @@ def test_only_the_completion_that_is_the_cause_loses_its_reward(rewards, name):
     ],
 )
 def test_failing_too_often_ends_the_run_with_name_and_row(rewards, name, fault):
+    functions = rewards(name)
+    scored = functions(arguments(), len(ROWS))
     with pytest.raises(RewardError, match=f"reward function {name} fails for 6 of 6 completions; for row 11: {fault}"):
-        rewards(name)(arguments(), ROWS)
-    assert rewards(name, max_reward_failures=1.0)(arguments(), ROWS).failed.all()
+        functions.check(scored, ROWS)
+    assert scored.failed.all()
+    rewards(name, max_reward_failures=1.0).check(scored, ROWS)
+
+
+def test_a_column_that_does_not_fit_is_named(rewards):
+    functions = rewards("logs_too_much")
+    with pytest.raises(RewardError, match="log_extra: column letters has 20 values for 6 completions"):
+        functions.check(functions(arguments(), len(ROWS)), ROWS)
+
+
+def test_the_shares_of_several_processes_are_one_whole(rewards):
+    functions = rewards("lengths", "logs", "raises_at_two", max_reward_failures=0.2)
+    bounds = (0, 2, 2, 6)
+    parts = [
+        functions({name: values[a:b] for name, values in arguments().items()}, b - a)
+        for a, b in itertools.pairwise(bounds)
+    ]
+    found, whole = Scored.joined(parts), functions(arguments(), len(ROWS))
+    np.testing.assert_array_equal(found.rewards, whole.rewards)
+    np.testing.assert_array_equal(found.failed, whole.failed)
+    assert found.columns == whole.columns and found.metrics == {"words": [3.0, 3.0]}
+    assert found.faults == ["", "", "ValueError: no two"]
+    functions.check(found, ROWS)  # a third of the first share, a sixth of all
 
 
 def test_functions_of_this_process():
@@ -130,13 +159,13 @@ def test_functions_of_this_process():
         return [2.0] * len(completions)
 
     config = RewardFunctionsConfig(reward_timeout=0.2)
-    scored = Rewards([slow, lambda completions: [len(text) for text in completions]], config)(arguments(), ROWS)
+    scored = Rewards([slow, lambda completions: [len(text) for text in completions]], config)(arguments(), len(ROWS))
     assert scored.rewards.tolist() == [[2, len(text)] for text in TEXTS]
 
 
 def test_a_function_of_a_module_is_imported_in_a_process_of_its_own():
     functions = Rewards([last_digit], RewardFunctionsConfig())
-    assert functions(arguments(), ROWS).rewards[:, 0].tolist() == [1, -1, 4, -1, 5, 0]
+    assert functions(arguments(), len(ROWS)).rewards[:, 0].tolist() == [1, -1, 4, -1, 5, 0]
     functions.close()
 
 

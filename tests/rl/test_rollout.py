@@ -5,7 +5,7 @@ import pytest
 
 from jaxpost.errors import ConfigError
 from jaxpost.rl.plan import Plan, RolloutConfig, plan
-from jaxpost.rl.rollout import deal
+from jaxpost.rl.rows import deal
 
 
 @pytest.mark.parametrize(

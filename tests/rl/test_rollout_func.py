@@ -102,7 +102,7 @@ def test_what_the_policy_was_told_is_read_and_not_trained_on(branches):
     told = Completion([8, 9, 1], [-1.0, 0.0, -0.5], True, [True, False, True])
     plain = Completion([8], [-1.0], False)
     prompts = [np.array([5, 6]), np.array([5, 6]), np.array([5, 6]), np.array([5, 6, 7])]
-    scored = Scored(np.zeros((4, 1), np.float32), np.zeros((4, 1), bool), {}, {}, {})
+    scored = Scored(np.zeros((4, 1), np.float32), np.zeros((4, 1), bool), {}, {}, [""])
     answers = Answers([0, 0, 1, 1], prompts, [told, plain, plain, plain], [None] * 4, scored)
     rows = rows_of(answers, [[0, 1], [2, 3]], [True] * 4, group_size=2, branches=branches)
     starts = (2 if not branches else 1, 3)  # a branch begins with the last token of its prompt

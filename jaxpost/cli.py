@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from jaxpost.errors import ConfigError, JaxpostError, PreemptedError
-from jaxpost.options import nearest
+from jaxpost.options import nearest, one_of
 from jaxpost.watch import WatchConfig, watching
 
 MOST_YAML = 1_000_000  # bytes
@@ -36,6 +36,8 @@ USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
   evaluate   the held-out metrics of a model: jaxpost evaluate dpo with its flags; without a method, the scores that a
              reward model gives to texts
   preview    show what a method would train on: jaxpost preview dpo with its flags
+  plan       whether a run fits chips that are not here, and how fast it may be: jaxpost plan sft with its flags and
+             --topology v5e:16x16
 
 jaxpost <command> --help lists its flags."""
 
@@ -82,6 +84,7 @@ def _run(command: str, flags: list[str]) -> int:
     from jaxpost.export import ExportConfig, run_export
     from jaxpost.generate import GenerateConfig, run_generate
     from jaxpost.methods import METHODS
+    from jaxpost.planning.command import plan_config, run_plan
     from jaxpost.preview import run_preview
     from jaxpost.scoring import ScoreConfig, run_score
     from jaxpost.trainer import Trainer
@@ -102,8 +105,12 @@ def _run(command: str, flags: list[str]) -> int:
         name = flags.pop(0) if flags and flags[0] in METHODS else "sft"
         run_preview(METHODS[name], parse(METHODS[name].config, name, flags))
         return 0
+    if command == "plan":
+        method = METHODS[one_of("plan", flags[0] if flags else "", tuple(METHODS))]
+        run_plan(method, parse(plan_config(method), f"plan {method.name}", flags[1:]))
+        return 0
     if command not in METHODS:
-        known = (*METHODS, "generate", "export", "evaluate", "preview")
+        known = (*METHODS, "generate", "export", "evaluate", "preview", "plan")
         raise ConfigError(f"unknown command {command!r}{nearest(command, known)}; known: {', '.join(known)}")
     trainer = Trainer(METHODS[command], args=parse(METHODS[command].config, command, flags))
     trainer.train()

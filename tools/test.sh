@@ -9,7 +9,7 @@ source tools/environment.sh
 
 if [ "${1:-}" = "--parity" ]; then
   shift
-  environment .venv test,parity
+  environment .venv test,parity,tpu  # tpu: to compile for TPUs, which needs none
   exec .venv/bin/python -m pytest -n 2 -m "not slow and not gpu" "$@"
 fi
 environment .venv test

@@ -70,9 +70,31 @@ def create_state(
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
     layout = shardings(jax.eval_shape(optimizer.init, params), mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
-    numbers = {"step": jnp.zeros((), jnp.int32), **{name: jnp.zeros(()) for name in remembers}}
+    numbers = _numbers(remembers)
     numbers = jax.device_put(numbers, shardings(numbers, mesh))
     return graphdef, TrainState(numbers.pop("step"), params, frozen, opt_state, memory=numbers)
+
+
+def abstract_state(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    trainable: Any,
+    mesh: Mesh,
+    remembers: Iterable[str] = (),
+) -> tuple[Any, TrainState]:
+    """As `create_state`, of a model without its numbers: shapes, dtypes and places."""
+    graphdef, params, frozen = nnx.split(model, trainable, ...)
+    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+    new = jax.eval_shape(optimizer.init, params), jax.eval_shape(lambda: _numbers(remembers))
+    opt_state, numbers = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), new, shardings(new, mesh)
+    )
+    return graphdef, TrainState(numbers.pop("step"), params, frozen, opt_state, memory=numbers)
+
+
+def _numbers(remembers: Iterable[str]) -> dict[str, Array]:
+    """The step and what the objective remembers, before the first step."""
+    return {"step": jnp.zeros((), jnp.int32), **{name: jnp.zeros(()) for name in remembers}}
 
 
 def snapshot(model: nnx.Module, trainable: Any, memory: dict[str, Array]) -> tuple[Any, TrainState]:

@@ -1,0 +1,163 @@
+"""What a planned run would take: the memory of a chip, the seconds of a step, and what binds."""
+
+import resource
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpost.models.config import ModelConfig
+from jaxpost.planning.abstract import bytes_per_device
+from jaxpost.planning.chips import Topology
+from jaxpost.planning.hlo import Cost, largest_collective, program_cost
+from jaxpost.planning.programs import STEP, Planned, Program
+from jaxpost.planning.topology import compiled
+
+
+class Measured(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+        program: which one.
+        cost: of a run, on one device.
+        seconds: of a run, for each of `compute`, `memory` and `network` alone.
+        arguments, temporaries: bytes of a device while it runs; all of it in `temporaries` where the compiler refuses.
+        text: the compiled module; empty where the compiler refuses.
+        compile_seconds: of this machine.
+    """
+
+    program: Program
+    cost: Cost
+    seconds: dict[str, float]
+    arguments: float
+    temporaries: float
+    text: str
+    compile_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        """Its share of an optimizer step: as long as the slowest of the three takes."""
+        return self.program.times * max(self.seconds.values())
+
+
+class Prediction(NamedTuple):
+    """What a run would take.
+
+    Attributes:
+        programs: compiled.
+        memory: bytes of a device by what they are for; the temporaries are those of the program that needs most.
+        capacity: bytes of a device.
+        model_flops: of an optimizer step on all devices, without what is computed again.
+        peak: FLOPs a second of a device.
+        num_tokens: that an optimizer step learns from.
+        num_devices: all.
+        host_bytes: most memory that this process has had.
+    """
+
+    programs: list[Measured]
+    memory: dict[str, float]
+    capacity: float
+    model_flops: float
+    peak: float
+    num_tokens: int
+    num_devices: int
+    host_bytes: int
+
+    @property
+    def needed(self) -> float:
+        """Bytes of a device."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has as much."""
+        return self.needed <= self.capacity
+
+    @property
+    def step_seconds(self) -> float:
+        """Of an optimizer step with all that belongs to it, if each program were as fast as its slowest resource."""
+        return sum(program.step_seconds for program in self.programs)
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak of all devices that the model's own FLOPs come to."""
+        return self.model_flops / (self.step_seconds * self.peak * self.num_devices)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of a device."""
+        return self.num_tokens / self.step_seconds / self.num_devices
+
+
+def predict(plan: Planned, topology: Topology) -> Prediction:
+    """Compile the programs of a run; its mesh is set (jax.set_mesh)."""
+    measured = [_measured(program, topology, plan.mesh.size) for program in plan.programs]
+    most = max(measured, key=lambda each: each.temporaries)
+    memory: dict[str, float] = {
+        "parameters": bytes_per_device(plan.state.params),
+        "frozen parameters": bytes_per_device(plan.state.frozen),
+        "optimizer": bytes_per_device(plan.state.opt_state),
+        "reference": bytes_per_device(plan.reference),
+        "batch": bytes_per_device(plan.batch),
+    }
+    if not most.text:  # the compiler has counted all of it
+        memory = {"all": most.temporaries}
+    else:
+        gradients = bytes_per_device(plan.state.params) if most.program.name == STEP else 0
+        memory["gradients"] = min(gradients, most.temporaries)
+        memory["activations and temporaries"] = most.temporaries - memory["gradients"]
+    cores = plan.mesh.size / int(np.prod(topology.dims))  # devices of a chip
+    return Prediction(
+        programs=measured,
+        memory={name: size for name, size in memory.items() if size},
+        capacity=topology.chip.memory / cores,
+        model_flops=train_flops(plan.config, plan.num_tokens, plan.text_length, is_frozen=plan.args.use_peft),
+        peak=topology.chip.flops / cores,
+        num_tokens=plan.num_tokens,
+        num_devices=plan.mesh.size,
+        host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _measured(program: Program, topology: Topology, num_devices: int) -> Measured:
+    began = time.perf_counter()
+    executable = compiled(program.lower())
+    if isinstance(executable, float):
+        nothing = {"compute": 0.0, "memory": 0.0, "network": 0.0}
+        return Measured(program, Cost(0, 0, {}, {}), nothing, 0, executable, "", time.perf_counter() - began)
+    text, memory = executable.as_text(), executable.memory_analysis()
+    spent = time.perf_counter() - began
+
+    def trips(_: str, bound: float) -> float:
+        return bound if program.open_trips is None else program.open_trips
+
+    cost, cores = program_cost(text, trips=trips), num_devices / int(np.prod(topology.dims))
+    moved = largest_collective(text, trips=trips)
+    received = sum(each.times * each.bytes / topology.network(each.group) for each in moved)
+    seconds = {
+        "compute": cost.flops / topology.chip.flops * cores,
+        "memory": cost.bytes / topology.chip.bandwidth * cores,
+        "network": received * cores,
+    }
+    temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Measured(program, cost, seconds, memory.argument_size_in_bytes, temporaries, text, spent)
+
+
+def train_flops(config: ModelConfig, num_tokens: int, length: int, *, is_frozen: bool = False) -> float:
+    """Of the forward and backward pass over texts of `length` tokens, nothing computed twice.
+
+    6 a token and weight, and 12 L H d a pair of tokens of which one sees the other (Chowdhery et al., 2022, "PaLM",
+    arXiv:2204.02311, appendix B, where every pair counts). Frozen weights have no gradient, which leaves 4; the
+    adapters on them are not counted.
+    """
+    pairs = 12 * config.num_layers * config.num_heads * config.head_dim * length / 2
+    return num_tokens * ((4.0 if is_frozen else 6.0) * matrix_parameters(config) + pairs)
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Weights that a token is multiplied with, those of the experts that it does not visit left out."""
+    dim, heads = config.embed_dim, config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    width = config.mlp_dim
+    if experts := config.experts:
+        width = experts.num_per_token * experts.mlp_dim + experts.shared_mlp_dim
+    return config.num_layers * dim * (heads + 3 * width) + dim * config.vocab_size

@@ -1,0 +1,84 @@
+"""Devices that are not here, to compile for: libtpu and the CUDA plugin of JAX can do so on any machine."""
+
+import os
+import re
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxpost.errors import ConfigError, one_line
+from jaxpost.planning.chips import Topology
+
+# A machine with a TPU would be asked which it has, and one without warns that it cannot be; plans may run side by side.
+TPU_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+GIGABYTES = r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm"
+
+
+def devices_of(topology: Topology) -> list[Any]:
+    """Stand-ins for the devices of a topology, which programs can be compiled for.
+
+    Raises:
+        ConfigError: what compiles for them is not installed (the command that does so is named), or it knows no such
+            arrangement.
+    """
+    from jax.experimental import topologies
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if topology.chip.platform == "tpu":
+        os.environ["TPU_LIBRARY_PATH"] = str(_libtpu(topology.name))
+        for name, value in TPU_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        options = {"platform": "tpu", "topology_name": topology.name}
+    else:
+        _find_ptxas(topology.name)
+        shape = f"1x1x{topology.dims[0]}"  # slices, hosts, devices
+        options = {"platform": "cuda", "topology_name": topology.name, "topology": shape}
+        options["target_config"] = topology.chip.target
+    try:
+        return list(topologies.get_topology_desc(**options).devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"--topology {topology.name}: the compiler does not know it ({one_line(error)})") from error
+
+
+def _libtpu(name: str) -> Path:
+    """The library that compiles for TPUs."""
+    if "TPU_LIBRARY_PATH" in os.environ:
+        return Path(os.environ["TPU_LIBRARY_PATH"])
+    found = util.find_spec("libtpu")
+    if found is None or not found.submodule_search_locations:
+        wanted = next(need.split(";")[0] for need in metadata.requires("jax") or () if need.startswith("libtpu"))
+        raise ConfigError(f"--topology {name} needs libtpu, which also runs without a TPU: pip install '{wanted}'")
+    return Path(found.submodule_search_locations[0]) / "libtpu.so"
+
+
+def _find_ptxas(name: str) -> None:
+    """Let XLA find the assembler, and check that the plugin is there."""
+    version = metadata.version("jax")
+    if util.find_spec("jax_plugins") is None or util.find_spec("jax_plugins.xla_cuda12") is None:
+        raise ConfigError(
+            f"--topology {name} needs JAX's CUDA plugin, which also runs without a GPU: pip install --no-deps "
+            f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} nvidia-cuda-nvcc-cu12"
+        )
+    package = util.find_spec("nvidia.cuda_nvcc") if util.find_spec("nvidia") else None
+    if package is not None and package.submodule_search_locations:
+        home = package.submodule_search_locations[0]
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={home}".strip()
+
+
+def compiled(lowered: Any) -> Any:
+    """Compile; returns the executable, or how many bytes a device would need if the compiler finds it too large."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(GIGABYTES, str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
+            raise
+        used, unit = float(found[1]), found[2]
+        return used * (2**30 if unit == "G" else 2**20)

@@ -66,8 +66,7 @@ def create_state(
     Returns:
         (graphdef, state); `merge(graphdef, state.params, state.frozen)` is the model.
     """
-    graphdef, params, frozen = nnx.split(model, trainable, ...)
-    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+    graphdef, params, frozen = _parted(model, trainable)
     layout = shardings(jax.eval_shape(optimizer.init, params), mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
     numbers = _numbers(remembers)
@@ -83,8 +82,7 @@ def abstract_state(
     remembers: Iterable[str] = (),
 ) -> tuple[Any, TrainState]:
     """As `create_state`, of a model without its numbers: shapes, dtypes and places."""
-    graphdef, params, frozen = nnx.split(model, trainable, ...)
-    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+    graphdef, params, frozen = _parted(model, trainable)
     new = jax.eval_shape(optimizer.init, params), jax.eval_shape(lambda: _numbers(remembers))
     opt_state, numbers = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), new, shardings(new, mesh)
@@ -99,8 +97,14 @@ def _numbers(remembers: Iterable[str]) -> dict[str, Array]:
 
 def snapshot(model: nnx.Module, trainable: Any, memory: dict[str, Array]) -> tuple[Any, TrainState]:
     """(graphdef, state) of a model as it is, to evaluate; its arrays stay its own."""
+    graphdef, params, frozen = _parted(model, trainable)
+    return graphdef, TrainState(jnp.int32(0), params, frozen, None, memory=memory)
+
+
+def _parted(model: nnx.Module, trainable: Any) -> tuple[Any, Any, Any]:
+    """(graphdef, trainable arrays, all others) of a model."""
     graphdef, params, frozen = nnx.split(model, trainable, ...)
-    return graphdef, TrainState(jnp.int32(0), nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), None, memory=memory)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
 
 
 def merge(graphdef: Any, params: Any, frozen: Any) -> Any:

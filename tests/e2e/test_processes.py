@@ -111,7 +111,7 @@ def stopped_at(runs):
     began = time.monotonic()
     runs[1].signal(signal.SIGTERM)
     assert codes(runs) == [75, 75], [run.output for run in runs]
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20  # of which most is the compiler's, for what is saved
     said = [re.search(r"told to stop at step (\d+), which is saved", run.output) for run in runs]
     (step,) = {int(found[1]) for found in said if found}
     assert all(said)

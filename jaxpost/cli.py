@@ -68,6 +68,9 @@ def entry() -> int:
     """`main` as a process: told to stop, it does not wait for the threads of reward functions."""
     code = main()
     if code == PreemptedError.exit_code:
+        from jaxpost.processes import part
+
+        part()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -98,12 +98,12 @@ def assert_close(ours, theirs, steps):
         assert row.keys() == other.keys()
         for name in row:
             if not name.endswith(TIMES):
-                np.testing.assert_allclose(row[name], other[name], rtol=1e-4, atol=2e-6, err_msg=name)
+                np.testing.assert_allclose(row[name], other[name], rtol=2e-5, atol=2e-6, err_msg=name)
     tables = completions(theirs)
     for name, table in completions(ours).items():
         advantages, others = (np.array(columns.pop("advantage")) for columns in (table, tables[name]))
         assert table == tables[name]
-        np.testing.assert_allclose(advantages, others, rtol=1e-4, atol=2e-6)
+        np.testing.assert_allclose(advantages, others, rtol=2e-5, atol=2e-6)
 
 
 def stopped_at(runs):
@@ -111,7 +111,7 @@ def stopped_at(runs):
     began = time.monotonic()
     runs[1].signal(signal.SIGTERM)
     assert codes(runs) == [75, 75], [run.output for run in runs]
-    assert time.monotonic() - began < 20  # of which most is the compiler's, for what is saved
+    assert time.monotonic() - began < 10
     said = [re.search(r"told to stop at step (\d+), which is saved", run.output) for run in runs]
     (step,) = {int(found[1]) for found in said if found}
     assert all(said)

@@ -19,6 +19,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 import jaxpost.trainer
 from jaxpost.cli import entry
+from jaxpost.processes import part
 
 # Imported here, so that processes that are forked have them.
 assert grain and jaxpost.trainer and matplotlib.pyplot and AutoTokenizer and HfArgumentParser
@@ -169,4 +170,6 @@ def run(faults, words, output, environment):
         name, *arguments = fault.split(":")
         FAULTS[name](*arguments)
     sys.argv[1:] = words
-    sys.exit(entry())
+    code = entry()
+    part()  # as JAX does at the end of a process that is not forked
+    sys.exit(code)

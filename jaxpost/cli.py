@@ -87,7 +87,6 @@ def _run(command: str, flags: list[str]) -> int:
     from jaxpost.export import ExportConfig, run_export
     from jaxpost.generate import GenerateConfig, run_generate
     from jaxpost.methods import METHODS
-    from jaxpost.planning.command import plan_config, run_plan
     from jaxpost.preview import run_preview
     from jaxpost.scoring import ScoreConfig, run_score
     from jaxpost.trainer import Trainer
@@ -109,6 +108,8 @@ def _run(command: str, flags: list[str]) -> int:
         run_preview(METHODS[name], parse(METHODS[name].config, name, flags))
         return 0
     if command == "plan":
+        from jaxpost.planning.command import plan_config, run_plan
+
         method = METHODS[one_of("plan", flags[0] if flags else "", tuple(METHODS))]
         run_plan(method, parse(plan_config(method), f"plan {method.name}", flags[1:]))
         return 0

@@ -91,7 +91,7 @@ def attention(
         branches: whether a document may branch.
 
     Raises:
-        ConfigError: unknown kernel name, or one that cannot compute this.
+        ConfigError: unknown kernel name, or one that is for another platform.
     """
     run = KERNELS[_chosen(kernel, query.shape[1], plain=window is None and not branches)]
     batch, length, heads, dim = query.shape

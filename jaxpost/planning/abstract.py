@@ -1,5 +1,6 @@
 """A model and its train state without their numbers: shapes, dtypes and where each would lie."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,25 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxpost.models.actor_critic import ActorCritic, as_copy, on_trunk, trainable_of, with_adapter
+from jaxpost.models.actor_critic import ActorCritic, as_copy, on_trunk, policy_of, with_adapter
 from jaxpost.models.adapters import attach, reference_view
 from jaxpost.models.config import Compute, ModelConfig
 from jaxpost.models.lora_config import LoraConfig
 from jaxpost.models.quant import quantize
 from jaxpost.models.transformer import Decoder
-from jaxpost.sharding import rows_sharding, shardings
+from jaxpost.sharding import rows_sharding
 from jaxpost.train.reference import Reference
-
-
-def on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """Abstract parameters, or what is laid out like them, with their places."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings(tree, mesh)
-    )
+from jaxpost.train.state import on_mesh
 
 
 def rows_on_mesh(batch: Any, mesh: Mesh) -> Any:
-    """Columns of a batch likewise; arrays or their shapes."""
+    """Abstract columns of a batch with their places; of arrays or of shapes."""
     place = rows_sharding(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch)
 
@@ -78,29 +73,16 @@ def abstract_reference(
 ) -> Reference:
     """What the policy is compared with: its base, or a copy."""
     if has_adapter:
-        return Reference(lambda model, _: reference_view(model.policy if isinstance(model, ActorCritic) else model))
+        return Reference(lambda model, _: reference_view(policy_of(model)))
     graphdef, state = nnx.split(abstract_model(config, mesh, dtype=dtype, compute=compute))
     return Reference(lambda _, own: nnx.merge(graphdef, own), nnx.to_pure_dict(state))
-
-
-def num_parameters(model: Any) -> tuple[int, int]:
-    """Of an abstract model: those that are trained, and all."""
-    count = lambda state: sum(leaf.size for leaf in jax.tree.leaves(state))  # noqa: E731
-    return count(nnx.state(model, trainable_of(model))), count(nnx.state(model))
 
 
 def bytes_per_device(tree: Any) -> int:
     """Of abstract arrays with their places, the bytes of one device; those in the host's memory are not among them."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != "pinned_host"]
     return sum(
-        jnp.dtype(leaf.dtype).itemsize * _size(leaf.sharding.shard_shape(leaf.shape))
+        jnp.dtype(leaf.dtype).itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in leaves
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for dim in shape:
-        size *= dim
-    return size

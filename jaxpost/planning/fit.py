@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxpost.errors import ConfigError
 from jaxpost.models.config import ModelConfig
+from jaxpost.models.remat import POLICIES
 
-REMAT = ("dots", "attention", "full", "offload")  # from fast to small
 MOST_ROWS = 16
 
 
@@ -25,7 +25,7 @@ def candidates(args: Any, config: ModelConfig, num_devices: int) -> Iterator[lis
     for mesh in meshes:
         for rows, accumulation in _splits(args):
             common = {"mesh": mesh, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-            policies = (args.remat_policy,) if args.remat_policy else REMAT
+            policies = (args.remat_policy,) if args.remat_policy else tuple(POLICIES)
             yield [dataclasses.replace(args, **common, remat_policy=policy) for policy in policies]
 
 

@@ -3,8 +3,8 @@
 XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as it runs. Elementwise arithmetic is
 not counted as FLOPs: on the chips that matter it waits for memory, whose traffic is counted.
 
-Kernels that XLA cannot look into count what they would do without skipping anything, as does everything else whose
-extent is only known at run time.
+Kernels that XLA cannot look into count what they would do without skipping anything, but for splash attention, which is
+causal; so does everything else whose extent is only known at run time.
 """
 
 from collections import defaultdict
@@ -30,14 +30,23 @@ class Cost(NamedTuple):
     Attributes:
         flops: of matrix products, convolutions and kernels; a multiplication and an addition are two.
         bytes: read from and written to the HBM.
-        collectives: by kind, `all-gather` and so on.
+        transfers: its collectives, those first that receive the most each time.
         opaque: op_names of the kernels whose FLOPs the text does not tell, which count as none, and how often they run.
     """
 
     flops: float
     bytes: float
-    collectives: dict[str, Collective]
+    transfers: list["Transfer"]
     opaque: dict[str, float]
+
+    @property
+    def collectives(self) -> dict[str, Collective]:
+        """The same by kind, `all-gather` and so on."""
+        kinds: dict[str, Collective] = defaultdict(lambda: Collective(0.0, 0.0))
+        for transfer in self.transfers:
+            count, received = kinds[transfer.kind]
+            kinds[transfer.kind] = Collective(count + transfer.times, received + transfer.times * transfer.bytes)
+        return dict(kinds)
 
 
 class Transfer(NamedTuple):
@@ -72,17 +81,10 @@ def program_cost(text: str, *, trips: Trips = lambda op_name, bound: bound) -> C
         text: `compiled.as_text()`.
         trips: (op_name of a loop whose bound is only known at run time, its upper bound) -> how often it runs.
     """
-    total = _total(text, trips)
-    kinds: dict[str, Collective] = defaultdict(lambda: Collective(0.0, 0.0))
-    for transfer in total.transfers:
-        count, received = kinds[transfer.kind]
-        kinds[transfer.kind] = Collective(count + transfer.times, received + transfer.times * transfer.bytes)
-    return Cost(total.flops, total.bytes, dict(kinds), total.opaque)
-
-
-def largest_collective(text: str, *, trips: Trips = lambda op_name, bound: bound) -> list[Transfer]:
-    """Every collective of a program, those first that receive the most each time; arguments as of `program_cost`."""
-    return sorted(_total(text, trips).transfers, key=lambda transfer: -transfer.bytes)
+    module = parse(text)
+    total = _Count(module, trips).computation(module.entry, {})
+    transfers = sorted(total.transfers, key=lambda transfer: -transfer.bytes)
+    return Cost(total.flops, total.bytes, transfers, total.opaque)
 
 
 def shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:
@@ -220,11 +222,6 @@ class _Count:
         if it.opcode in ("dynamic-update-slice", "scatter"):
             return self.written(computation, it.operands[0], given) + _updates(computation, it)
         return 0.0 if it.opcode in _COLLECTIVES or _is_bookkeeping(it) else _bytes(it.results)
-
-
-def _total(text: str, trips: Trips) -> _Tally:
-    module = parse(text)
-    return _Count(module, trips).computation(module.entry, {})
 
 
 def _work(computation: Computation, it: Instruction) -> _Tally:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxpost.models.config import ModelConfig
 from jaxpost.planning.abstract import bytes_per_device
 from jaxpost.planning.chips import Topology
-from jaxpost.planning.hlo import Cost, largest_collective, program_cost
+from jaxpost.planning.hlo import Cost, program_cost
 from jaxpost.planning.programs import STEP, Planned, Program
 from jaxpost.planning.topology import compiled
 
@@ -124,7 +124,7 @@ def _measured(program: Program, topology: Topology, num_devices: int) -> Measure
     executable = compiled(program.lower())
     if isinstance(executable, float):
         nothing = {"compute": 0.0, "memory": 0.0, "network": 0.0}
-        return Measured(program, Cost(0, 0, {}, {}), nothing, 0, executable, "", time.perf_counter() - began)
+        return Measured(program, Cost(0, 0, [], {}), nothing, 0, executable, "", time.perf_counter() - began)
     text, memory = executable.as_text(), executable.memory_analysis()
     spent = time.perf_counter() - began
 
@@ -132,8 +132,7 @@ def _measured(program: Program, topology: Topology, num_devices: int) -> Measure
         return bound if program.open_trips is None else program.open_trips
 
     cost, cores = program_cost(text, trips=trips), num_devices / int(np.prod(topology.dims))
-    moved = largest_collective(text, trips=trips)
-    received = sum(each.times * each.bytes / topology.network(each.group) for each in moved)
+    received = sum(each.times * each.bytes / topology.network(each.group) for each in cost.transfers)
     seconds = {
         "compute": cost.flops / topology.chip.flops * cores,
         "memory": cost.bytes / topology.chip.bandwidth * cores,

@@ -55,8 +55,7 @@ class Planned(NamedTuple):
         args: its config, resolved for the model.
         mesh: of devices that may not be here.
         config: of the model.
-        model: abstract.
-        state: likewise.
+        state: abstract.
         reference: arrays that are compared with, where they are not the policy's.
         batch: of an optimizer step.
         num_tokens: of such a batch.
@@ -67,7 +66,6 @@ class Planned(NamedTuple):
     args: Any
     mesh: Mesh
     config: ModelConfig
-    model: Any
     state: TrainState
     reference: Any
     batch: Any
@@ -115,12 +113,12 @@ def planned(method: Method, args: Any, config: ModelConfig, mesh: Mesh, prompt_l
     )
     programs = [Program(STEP, lambda: step.lower(state, batch)), *programs]
     if method.is_online:
-        policy = abstract_model(config, mesh, **(common | {"dtype": args.dtype}))
+        policy = abstract_model(config, mesh, **common)
         programs += _sampling(policy, args, mesh, prompt_length)
     arrays = None if reference is None else reference.arrays
     num_tokens = int(np.prod(batch["tokens"].shape))
     length = prompt_length + args.max_completion_length if method.is_online else args.max_length
-    return Planned(args, mesh, config, model, state, arrays, batch, num_tokens, length, programs)
+    return Planned(args, mesh, config, state, arrays, batch, num_tokens, length, programs)
 
 
 def _offline(
@@ -173,7 +171,7 @@ def _sampling(policy: Any, args: Any, mesh: Mesh, prompt_length: int) -> list[Pr
     empty = jax.eval_shape(lambda weights: programs.empty(weights, rows), weights)
     filled = rows_on_mesh(empty, mesh)
     prompts = min(MOST_PROMPTS, power(numbers.num_prompts))
-    replicated = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    replicated = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     admitted = min(rows, prompts * numbers.num_generations)
     each = replicated((admitted,))
     admit = [replicated((prompts, length)), replicated((prompts,)), each, each, each, each]

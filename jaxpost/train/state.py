@@ -83,11 +83,16 @@ def abstract_state(
 ) -> tuple[Any, TrainState]:
     """As `create_state`, of a model without its numbers: shapes, dtypes and places."""
     graphdef, params, frozen = _parted(model, trainable)
-    new = jax.eval_shape(optimizer.init, params), jax.eval_shape(lambda: _numbers(remembers))
-    opt_state, numbers = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), new, shardings(new, mesh)
-    )
+    opt_state = on_mesh(jax.eval_shape(optimizer.init, params), mesh)
+    numbers = on_mesh(jax.eval_shape(lambda: _numbers(remembers)), mesh)
     return graphdef, TrainState(numbers.pop("step"), params, frozen, opt_state, memory=numbers)
+
+
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """Abstract parameters, or what is laid out like them, with their places."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings(tree, mesh)
+    )
 
 
 def _numbers(remembers: Iterable[str]) -> dict[str, Array]:

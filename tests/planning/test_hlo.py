@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpost.models.attention import Places, attention
-from jaxpost.planning.hlo import Collective, largest_collective, program_cost, shapes
+from jaxpost.planning.hlo import Collective, program_cost, shapes
 
 L, B, D = 4, 64, 32
 WIDTH = 4  # bytes of a float32
@@ -36,7 +36,7 @@ def run_layers(weights, x):
 
 def test_matrix_product():
     cost = program_cost(compiled(jnp.matmul, array(B, D), array(D, 16)))
-    assert cost == (2 * B * D * 16, WIDTH * (B * D + D * 16 + B * 16), {}, {})
+    assert cost == (2 * B * D * 16, WIDTH * (B * D + D * 16 + B * 16), [], {})
 
 
 @pytest.mark.parametrize("remat, products", [(False, 3), (True, 4)])
@@ -142,8 +142,10 @@ def test_sharded_weight_is_gathered(mesh):
     received = 7 / 8 * 128 * 256 * WIDTH
     assert program_cost(text).collectives == {"all-gather": Collective(1, received)}
     assert program_cost(text).flops == 2 * 64 * 128 * 256 / 8
-    gather = ("all-gather", "f32", (128, 256), received, 1, "jit(matmul)/dot_general", 8)
-    assert largest_collective(text) == [gather]
+    (gather,) = program_cost(text).transfers
+    # Newer versions of JAX name the argument that is gathered, older ones what it is for.
+    assert gather.op_name == ("b" if jax.__version_info__ >= (0, 11) else "jit(matmul)/dot_general")
+    assert gather == ("all-gather", "f32", (128, 256), received, 1, gather.op_name, 8)
     assert {("f32", (128, 256)), ("f32", (8, 256))} <= shapes(text)
     assert ("f32", (64, 256)) not in shapes(text)
 
@@ -171,7 +173,7 @@ def test_collectives_of_loops_are_multiplied(mesh):
     shared = jax.shard_map(sums, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     text = compiled(shared, array(64, 32))
     assert program_cost(text).collectives["all-reduce"] == (5, 5 * 2 * 7 / 8 * 64 * 32 * WIDTH)
-    assert [transfer.times for transfer in largest_collective(text)] == [5]
+    assert [transfer.times for transfer in program_cost(text).transfers] == [5]
 
 
 TPU_BATCHED_PRODUCT = """\
@@ -320,7 +322,7 @@ def test_collective_spread_over_fusions_counts_once():
   ROOT %d = {far} fusion(%b, %c), kind=kCustom, calls=%last"""
     text = module(entry, fusions)
     whole = 2 * 64 * 128
-    assert largest_collective(text) == [("all-gather", "bf16", (64, 128), 7 / 8 * whole, 1, "jit(f)/dot", 8)]
+    assert program_cost(text).transfers == [("all-gather", "bf16", (64, 128), 7 / 8 * whole, 1, "jit(f)/dot", 8)]
     assert program_cost(text).bytes == whole  # written once; the shard lies on the chip
 
 

@@ -1,9 +1,12 @@
 """Where arrays live: the mesh axes, one table for parameters, `put` for batches, `constrain` for activations.
 
 The mesh has the axes `data` (copies of the model), `fsdp` (slices of the parameters), `expert` (likewise, but whole
-experts of a mixture) and `tensor` (slices inside a layer). The batch is split over data x fsdp x expert, so that an
-`expert` axis is one more of fsdp to all that is no expert, and to a model without experts. Axes are of type Auto: XLA
-propagates what the table and `constrain` pin down.
+experts of a mixture), `context` (likewise, and slices of rows) and `tensor` (slices inside a layer). The batch is split
+over data x fsdp x expert, so that an `expert` axis is one more of fsdp to all that is no expert, and to a model without
+experts. The tokens of these rows are split further over `context`, wherever one does not look at others; attention, in
+which they do, has its heads split instead, so that between the two tokens move and nothing is computed twice
+(DeepSpeed-Ulysses: Jacobs et al., 2023, arXiv:2309.14509). Axes are of type Auto: XLA propagates what the table and
+`constrain` pin down.
 """
 
 import itertools
@@ -22,18 +25,21 @@ from jax.sharding import PartitionSpec as P
 from jaxpost.errors import ConfigError
 from jaxpost.options import nearest, option
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
+TOKEN_AXES = (*BATCH_AXES, "context")
 
 # Logical axis of a parameter or an activation -> the mesh axes that it is split over, but for those that a dimension
 # before it is split over.
 MESH_AXES: dict[str | None, tuple[str, ...]] = {
     None: (),
     "batch": BATCH_AXES,
+    "tokens": TOKEN_AXES,
     "experts": ("expert",),
-    "embed": ("fsdp", "expert"),
+    "embed": ("fsdp", "expert", "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
+    "attended": ("tensor", "context"),
     "mlp": ("tensor",),
 }
 
@@ -140,6 +146,11 @@ def _parse_mesh(spec: str) -> dict[str, int]:
 def batch_groups(mesh: Mesh | AbstractMesh) -> int:
     """Number of groups of devices that see different rows (data x fsdp x expert)."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def token_groups(mesh: Mesh | AbstractMesh) -> int:
+    """Number of groups of devices that see different tokens: likewise, x context."""
+    return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
 
 
 def path_of(key_path: Any) -> str:
@@ -250,7 +261,8 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 def by_rows(function: Callable[..., Any], weights: Any, *rows: Any, sums: bool = False) -> Any:
     """`function(weights, *rows)`, with every group of devices working on its own rows: in loops nothing moves.
 
-    Over `tensor` everything is split as it was. Rows that the groups cannot share are computed by all.
+    Rows are split over TOKEN_AXES; over `tensor` everything is split as it was. Rows that the groups cannot share are
+    computed by all.
 
     Args:
         function: gives arrays whose leading axis is that of the rows; with `sums`, first a tree of sums over them.
@@ -260,18 +272,18 @@ def by_rows(function: Callable[..., Any], weights: Any, *rows: Any, sums: bool =
     """
     mesh = jax.sharding.get_abstract_mesh()
     count = jax.tree.leaves(rows)[0].shape[0]
-    if mesh.empty or batch_groups(mesh) == 1 or count % batch_groups(mesh):
+    if mesh.empty or token_groups(mesh) == 1 or count % token_groups(mesh):
         return function(weights, *rows)
 
     def run(weights: Any, *rows: Any) -> Any:
         results = function(weights, *rows)
-        return (jax.lax.psum(results[0], BATCH_AXES), results[1]) if sums else results
+        return (jax.lax.psum(results[0], TOKEN_AXES), results[1]) if sums else results
 
-    split = P(BATCH_AXES)
+    split = P(TOKEN_AXES)
     return jax.shard_map(
         run,
         in_specs=(P(), *[split] * len(rows)),
         out_specs=(P(), split) if sums else split,
-        axis_names=set(BATCH_AXES),
+        axis_names=set(TOKEN_AXES),
         check_vma=False,
     )(weights, *rows)

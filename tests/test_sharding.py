@@ -18,7 +18,7 @@ def sizes(spec=None):
 
 def test_default_mesh_puts_every_device_on_fsdp():
     assert sizes() == {"fsdp": 8}
-    assert make_mesh().axis_names == ("data", "fsdp", "expert", "tensor")
+    assert make_mesh().axis_names == ("data", "fsdp", "expert", "context", "tensor")
 
 
 def test_minus_one_takes_what_is_left():
@@ -34,7 +34,7 @@ def test_minus_one_takes_what_is_left():
         ("expert=99999999", "needs 99999999 devices"),
         ("fdsp=8", "did you mean 'fsdp'"),
         ("experts=8", "did you mean 'expert'"),
-        ("rows=8", "axes are data, fsdp, expert, tensor"),
+        ("rows=8", "axes are data, fsdp, expert, context, tensor"),
         ("8", "unknown axis '8'"),
         ("fsdp=8,", "unknown axis ''"),
         ("fsdp", "must be a positive number or -1, not ''"),

@@ -111,7 +111,7 @@ def _on_each_device(
     if mesh.empty:
         return _visit_experts(activation, x, weights, chosen, factors, *kernels)
     num_experts, _, mlp_dim = kernels[0].shape
-    rows, expert = mesh_axes("batch", len(x), mesh), mesh_axes("experts", num_experts, mesh)
+    rows, expert = mesh_axes("tokens", len(x), mesh), mesh_axes("experts", num_experts, mesh)
     tensor = mesh_axes("mlp", mlp_dim, mesh)
     moves = tuple(axis for axis in expert if axis in rows)
     summed = tensor + tuple(axis for axis in expert if axis not in rows)

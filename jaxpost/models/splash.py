@@ -7,7 +7,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from jaxpost.sharding import BATCH_AXES, batch_groups
+from jaxpost.sharding import mesh_axes
 
 LEAST_LENGTH = 1024  # tokens of a row; below, what a tile costs to start is not worth it
 TILES = (512, 256, 128)  # queries, and keys, of a tile: the largest that divides the row is taken
@@ -49,8 +49,7 @@ def splash(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return run(query, key, value, segments)
-    rows = BATCH_AXES if len(query) % batch_groups(mesh) == 0 else None
-    heads = "tensor" if query.shape[1] % mesh.shape["tensor"] == 0 else None
+    rows, heads = mesh_axes("batch", len(query), mesh), mesh_axes("attended", query.shape[1], mesh)
     specs = P(rows, heads), P(rows, heads), P(rows, heads), P(rows)
     return jax.shard_map(run, in_specs=specs, out_specs=P(rows, heads), check_vma=False)(query, key, value, segments)
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from jaxpost.models.attention import Places, attend_cache, attention
 from jaxpost.models.config import Compute, ModelConfig
+from jaxpost.models.context import to_heads, to_tokens
 from jaxpost.models.layers import MLP, Embed, Head, Linear, RMSNorm
 from jaxpost.models.lora import Adapters
 from jaxpost.models.moe import MoE, Routing, balance_loss, balance_terms
@@ -273,7 +274,7 @@ class Decoder(nnx.Module):
             block, h = nnx.merge(graphdef, layer[0]), named_input(h)
             kind = 0 if layer[1].rotary is None else layer[1].rotary
             projected = block.project(h, angles.cos[kind], angles.sin[kind])
-            query, key, value = (x.reshape(*shape, *x.shape[1:]) for x in projected)
+            query, key, value = (x.reshape(*shape, *x.shape[1:]) for x in to_heads(*projected))
             attended = attention(
                 query,
                 key,
@@ -285,12 +286,12 @@ class Decoder(nnx.Module):
                 kernel=self.compute.attention,
                 branches=branches,
             )
-            h, routing = block.finish(h, attended.reshape(-1, *attended.shape[2:]))
-            cached = (key, value) if with_cache else ()
-            return constrain(h, "batch", None), (cached, () if routing is None else balance_terms(routing, real))
+            h, routing = block.finish(h, to_tokens(attended.reshape(-1, *attended.shape[2:])))
+            cached = tuple(x.reshape(*shape, *x.shape[1:]) for x in projected[1:]) if with_cache else ()
+            return constrain(h, "tokens", None), (cached, () if routing is None else balance_terms(routing, real))
 
         body = rematerialised(body, self.compute.remat)
-        h = constrain(self._embedded(tokens.reshape(-1)), "batch", None)
+        h = constrain(self._embedded(tokens.reshape(-1)), "tokens", None)
         h, (cached, terms) = jax.lax.scan(body, h, (stacked, self._layers()))
         balance = balance_loss(terms[0], terms[1], jnp.sum(real)) if terms else jnp.zeros(())
         return self.norm(h).reshape(*shape, -1), cached, balance

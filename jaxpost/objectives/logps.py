@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxpost.objectives.base import Batch, Model
 from jaxpost.platform import platform
-from jaxpost.sharding import batch_groups, by_rows, constrain
+from jaxpost.sharding import by_rows, constrain, token_groups
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits on a device
 CHUNK_BYTES_CPU = 24 * 2**20  # whose products are as fast with few rows, so that a last chunk wastes less
@@ -88,6 +88,9 @@ def score_tokens(
         details: also give what most methods do not look at, `mean_logit` and `collision`.
         chunk: positions of each row scored at a time; by default what CHUNK_BYTES holds.
     """
+    rows, whole, _ = h.shape
+    parts = _slices(whole)
+    h, targets, mask = (_sliced(x, parts) for x in (h, targets, mask))
     batch, length, _ = h.shape
     width = jax.eval_shape(model.unembed, h[:, :1]).shape[-1]
     size = min(length, chunk or _chunk_positions(batch, width))
@@ -95,19 +98,35 @@ def score_tokens(
     h = jnp.pad(h, [(0, 0), (0, room), (0, 0)])
     targets, mask = (jnp.pad(x, [(0, 0), (0, room)]) for x in (targets, mask))
     order = jnp.argsort(~mask, axis=1, stable=True)
-    h = constrain(jnp.take_along_axis(h, order[:, :, None], axis=1), "batch", None, None)
+    h = constrain(jnp.take_along_axis(h, order[:, :, None], axis=1), "tokens", None, None)
     counts = jnp.sum(mask, axis=1)
     weights, tree = jax.tree.flatten(model.unembedding())
     options = {"temperature": temperature, "entropy_gradient": entropy_gradient, "details": details}
     score = partial(_score_chunk, tree, **options)
     scores = _score_chunks(score, size, weights, h, jnp.take_along_axis(targets, order, axis=1), counts)
     back = jnp.argsort(order, axis=1)
-    return jax.tree.map(lambda x: jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)[:, :length], scores)
+
+    def in_place(x: Array) -> Array:
+        return jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)[:, :length].reshape(rows, -1)[:, :whole]
+
+    return jax.tree.map(in_place, scores)
+
+
+def _slices(length: int) -> int:
+    """Of rows of so many tokens: the devices that each have a slice of."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else min(length, mesh.shape["context"])
+
+
+def _sliced(x: Array, parts: int) -> Array:
+    """[B, T, ...] -> [B parts, T / parts, ...]: the slices as rows of their own, the last one filled up."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % parts), *[(0, 0)] * (x.ndim - 2)])
+    return x.reshape(len(x) * parts, -1, *x.shape[2:])
 
 
 def _chunk_positions(batch: int, vocab_size: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
-    rows = max(1, batch // (1 if mesh.empty else batch_groups(mesh)))
+    rows = max(1, batch // (1 if mesh.empty else token_groups(mesh)))
     size = CHUNK_BYTES_CPU if platform() == "cpu" else CHUNK_BYTES
     return max(1, size // (4 * rows * vocab_size))
 

@@ -221,5 +221,9 @@ def programs(graphdef: Any, max_new_tokens: int, cache_length: int) -> Programs:
 
 
 def _spread(slots: Slots) -> Slots:
-    """Every device has its own slots."""
-    return jax.tree.map(lambda part: constrain(part, "batch", *[None] * (part.ndim - 1)), slots)
+    """Every group of devices has its own slots; over `tensor` it splits the heads of the cache's keys and values."""
+
+    def place(part: Array) -> Array:
+        return constrain(part, "tokens", *(["heads", None, None] if part.ndim == 4 else [None] * (part.ndim - 1)))
+
+    return jax.tree.map(place, slots)

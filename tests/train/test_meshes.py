@@ -45,12 +45,14 @@ MESHES = [
     "data=2,fsdp=2,tensor=2",
     "fsdp=2,expert=4",
     "fsdp=2,expert=2,tensor=2",
+    "fsdp=2,context=4",
+    "context=2,tensor=2,expert=2",
 ]
 USUAL = [
-    *[("sft", "data=8"), ("sft", "fsdp=2,tensor=4")],
+    *[("sft", "data=8"), ("sft", "fsdp=2,tensor=4"), ("sft", "fsdp=2,context=4")],
     *[("lora", "fsdp=4,tensor=2"), ("lora", "data=2,fsdp=2,tensor=2")],
     *[("dpo", "fsdp=8"), ("dpo", "data=2,fsdp=2,tensor=2")],
-    *[("grpo", "data=8"), ("grpo", "fsdp=4,tensor=2")],
+    *[("grpo", "data=8"), ("grpo", "fsdp=4,tensor=2"), ("grpo", "context=2,tensor=2,expert=2")],
     *[("ppo", "fsdp=8"), ("ppo", "fsdp=2,tensor=4")],
     *[("moe", "fsdp=2,expert=4"), ("moe", "fsdp=2,expert=2,tensor=2")],
 ]

@@ -90,6 +90,8 @@ ADAPTER_PARTS: dict[str, tuple[int | None, ...]] = {
 }
 BESIDE = {"embed.adapter": "embed.embedding", "embed.head_adapter": "head.kernel"}  # others: a `kernel`
 
+HOST = "pinned_host"  # JAX's name of the memory of the machine that a device is in
+
 _log = logging.getLogger("jaxpost")
 
 
@@ -256,6 +258,16 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(logical, x.shape, mesh))
+
+
+def on_devices(tree: Any) -> Any:
+    """Arrays of a program, those that are in the host's memory fetched from there."""
+
+    def fetched(x: jax.Array) -> jax.Array:
+        is_away = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if is_away else x
+
+    return jax.tree.map(fetched, tree)
 
 
 def by_rows(function: Callable[..., Any], weights: Any, *rows: Any, sums: bool = False) -> Any:

@@ -194,7 +194,8 @@ class Trainer:
     def _fresh(self, optimizer: optax.GradientTransformation) -> tuple[Any, TrainState]:
         """(graphdef, state) before the first step."""
         args, remembers = self.args, self.objective.remembers
-        graphdef, state = create_state(self.model, optimizer, self.trainable, self.mesh, remembers)
+        offload = {"offload_optimizer": args.offload_optimizer}
+        graphdef, state = create_state(self.model, optimizer, self.trainable, self.mesh, remembers, **offload)
         if args.skip_spikes is not None:
             norms = no_norms()
             state = dataclasses.replace(state, norms=jax.device_put(norms, shardings(norms, self.mesh)))

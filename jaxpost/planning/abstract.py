@@ -15,7 +15,7 @@ from jaxpost.models.config import Compute, ModelConfig
 from jaxpost.models.lora_config import LoraConfig
 from jaxpost.models.quant import quantize
 from jaxpost.models.transformer import Decoder
-from jaxpost.sharding import rows_sharding
+from jaxpost.sharding import HOST, rows_sharding
 from jaxpost.train.reference import Reference
 from jaxpost.train.state import on_mesh
 
@@ -80,7 +80,7 @@ def abstract_reference(
 
 def bytes_per_device(tree: Any) -> int:
     """Of abstract arrays with their places, the bytes of one device; those in the host's memory are not among them."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != "pinned_host"]
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST]
     return sum(
         jnp.dtype(leaf.dtype).itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in leaves

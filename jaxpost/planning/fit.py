@@ -50,6 +50,8 @@ def smaller(args: Any) -> list[tuple[str, Any]]:
         rows, accumulation = rows // 2, accumulation * 2
         flags = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}"
         changes.append((flags, {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}))
+    if not args.offload_optimizer:
+        changes.append(("--offload_optimizer", {"offload_optimizer": True}))
     if args.optim != "adamw_8bit":
         changes.append(("--optim adamw_8bit", {"optim": "adamw_8bit"}))
     if not args.use_peft:

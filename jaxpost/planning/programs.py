@@ -95,7 +95,9 @@ def planned(method: Method, args: Any, config: ModelConfig, mesh: Mesh, prompt_l
     objective = part_of(args, method.objective)
     schedule = make_schedule(args, STEPS)
     optimizer = make_optimizer(args, schedule, decay_mask)
-    graphdef, state = abstract_state(model, optimizer, trainable_of(model), mesh, objective.remembers)
+    graphdef, state = abstract_state(
+        model, optimizer, trainable_of(model), mesh, objective.remembers, offload_optimizer=args.offload_optimizer
+    )
     reference = None
     if objective.needs_reference and not args.precompute_ref_log_probs:
         reference = abstract_reference(config, mesh, has_adapter=lora is not None, **common)

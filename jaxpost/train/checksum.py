@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxpost.sharding import on_devices
+
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -19,7 +21,7 @@ def checksums(tree: Any) -> tuple[list[Array], list[Array]]:
 
     The hash is MurmurHash3's finaliser (Appleby, 2011, public domain).
     """
-    leaves = jax.tree.leaves(tree)
+    leaves = jax.tree.leaves(on_devices(tree))
     return [_checksum(leaf) for leaf in leaves], [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 

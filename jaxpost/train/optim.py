@@ -41,6 +41,9 @@ class OptimConfig:
     adam_beta1: float = option(0.9, "Decay of the first moment of AdamW and Lion.")
     adam_beta2: float = option(0.999, "Decay of AdamW's second moment; of Lion's momentum.")
     adam_epsilon: float = option(1e-8, "Added to the denominator of AdamW's update.")
+    offload_optimizer: bool = option(
+        False, "Keep the optimizer's state in the host's memory between steps.", may_change=True
+    )
     loraplus_lr_ratio: float | None = option(
         None, "LoRA+: the learning rate of LoRA's second factors (lora_b), as a multiple of learning_rate."
     )

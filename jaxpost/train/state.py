@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from jaxpost.sharding import path_of, shardings
+from jaxpost.sharding import HOST, path_of, shardings
 
 # Matrices in their last two dimensions; in front of these, whatever they are stacked by.
 DECAYED = (".kernel", ".embedding", ".lora_a", ".lora_b")
@@ -53,6 +53,8 @@ def create_state(
     trainable: Any,
     mesh: Mesh,
     remembers: Iterable[str] = (),
+    *,
+    offload_optimizer: bool = False,
 ) -> tuple[Any, TrainState]:
     """Split a model once, for good.
 
@@ -62,12 +64,13 @@ def create_state(
         trainable: an nnx filter, e.g. `nnx.Param`: which Variables get gradients.
         mesh: where the optimizer state goes.
         remembers: that of the objective.
+        offload_optimizer: keep the optimizer state in the host's memory.
 
     Returns:
         (graphdef, state); `merge(graphdef, state.params, state.frozen)` is the model.
     """
     graphdef, params, frozen = _parted(model, trainable)
-    layout = shardings(jax.eval_shape(optimizer.init, params), mesh)
+    layout = _optimizer_layout(jax.eval_shape(optimizer.init, params), mesh, offload_optimizer)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
     numbers = _numbers(remembers)
     numbers = jax.device_put(numbers, shardings(numbers, mesh))
@@ -80,19 +83,32 @@ def abstract_state(
     trainable: Any,
     mesh: Mesh,
     remembers: Iterable[str] = (),
+    *,
+    offload_optimizer: bool = False,
 ) -> tuple[Any, TrainState]:
     """As `create_state`, of a model without its numbers: shapes, dtypes and places."""
     graphdef, params, frozen = _parted(model, trainable)
-    opt_state = on_mesh(jax.eval_shape(optimizer.init, params), mesh)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_state = _abstract(opt_state, _optimizer_layout(opt_state, mesh, offload_optimizer))
     numbers = on_mesh(jax.eval_shape(lambda: _numbers(remembers)), mesh)
     return graphdef, TrainState(numbers.pop("step"), params, frozen, opt_state, memory=numbers)
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
     """Abstract parameters, or what is laid out like them, with their places."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings(tree, mesh)
-    )
+    return _abstract(tree, shardings(tree, mesh))
+
+
+def _abstract(tree: Any, layout: Any) -> Any:
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, layout)
+
+
+def _optimizer_layout(opt_state: Any, mesh: Mesh, offload: bool) -> Any:
+    """Where the optimizer state is; numbers stay on the devices."""
+    layout = shardings(opt_state, mesh)
+    if not offload:
+        return layout
+    return jax.tree.map(lambda leaf, place: place.with_memory_kind(HOST) if leaf.ndim else place, opt_state, layout)
 
 
 def _numbers(remembers: Iterable[str]) -> dict[str, Array]:

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jaxpost.metrics import Metric, loss_of, over_parts
 from jaxpost.objectives.base import Batch, Objective
 from jaxpost.objectives.sequences import num_tokens
-from jaxpost.sharding import constrain
+from jaxpost.sharding import constrain, on_devices
 from jaxpost.train.optim import clip_by_global_norm
 from jaxpost.train.reference import Reference
 from jaxpost.train.spikes import judged
@@ -78,13 +78,14 @@ def make_step(
         grads, metrics = _mean_gradient(total_loss, state, split_batch(batch, num_micro_batches), keys)
         grads, norm = clip_by_global_norm(grads, max_grad_norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss_of(metrics).total)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        held = on_devices(state.opt_state)
+        updates, opt_state = optimizer.update(grads, held, state.params)
         updates = objective.taken(updates, batch, state.step)
 
         spike, norms = judged(state.norms, norm, finite, skip_spikes)
         learned = {name: batch[name][0] for name in state.memory}
         new = optax.apply_updates(state.params, updates), opt_state, learned
-        old = state.params, state.opt_state, state.memory
+        old = state.params, held, state.memory
         kept = jax.tree.map(lambda new, old: jnp.where(finite & ~spike, new, old), new, old)
         params, opt_state, memory = kept
         new_state = TrainState(state.step + 1, params, state.frozen, opt_state, state.reference, memory, norms)

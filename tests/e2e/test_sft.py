@@ -50,6 +50,15 @@ def test_the_folder_holds_what_the_readme_says(run):
     assert names >= {"generation_config.json", "checkpoints", "metrics.jsonl", "config.yaml", "curves.png"}
 
 
+def test_optimizer_state_in_the_hosts_memory_changes_nothing(run, tiny_folder, data, tmp_path):
+    out, flags = tmp_path / "out", ["--max_steps", "10", "--save_steps", "4"]
+    assert sft(tiny_folder, data, out, *flags, "--offload_optimizer") == 0
+    assert [row["loss"] for row in rows(out)] == [row["loss"] for row in rows(run) if "loss" in row]
+    assert sft(tiny_folder, data, out, *flags, "--resume_from_checkpoint", "4") == 0  # to where it is elsewhere
+    for name, weight in weights(run).items():
+        np.testing.assert_array_equal(weight, weights(out)[name])
+
+
 def test_metrics_have_trls_names(run):
     logged = rows(run)
     train = [row for row in logged if "loss" in row]

@@ -5,9 +5,12 @@ there are several it returns on none before all have called it: no process may l
 """
 
 import itertools
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -19,11 +22,12 @@ from jaxpost.errors import ConfigError, JaxpostError, PreemptedError, one_line
 from jaxpost.options import option
 
 Made = TypeVar("Made")
+DEVICES = Path("/dev")  # where a machine's TPU chips are files
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessesConfig:
-    """Which processes make up the run; one by default."""
+    """Which processes make up the run: by default those of the Slurm step or TPU pod that it is started on, or one."""
 
     coordinator_address: str | None = option(
         None, "host:port of process 0, where the processes of the run meet.", may_change=True
@@ -56,21 +60,28 @@ def join(config: ProcessesConfig) -> None:
     Raises:
         ConfigError: they do not come.
     """
-    if config.coordinator_address is None or jax.distributed.is_initialized():
+    given = (config.coordinator_address, config.num_processes, config.process_id)
+    place = config.coordinator_address or _launcher()
+    if place is None or jax.distributed.is_initialized():
         return
+    limits = {"heartbeat_timeout_seconds": config.heartbeat_timeout, "initialization_timeout": 300}
     try:
-        jax.distributed.initialize(
-            config.coordinator_address,
-            config.num_processes,
-            config.process_id,
-            heartbeat_timeout_seconds=config.heartbeat_timeout,
-            initialization_timeout=300,
-        )
-    except RuntimeError as error:
-        raise ConfigError(f"the processes do not meet at {config.coordinator_address}: {one_line(error)}") from error
+        jax.distributed.initialize(*given, **limits)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"the processes do not meet at {place}: {one_line(error)}") from error
     if jax.default_backend() == "cpu":
         # The first process alone finds its programs there, and they send in another order than those that are compiled.
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _launcher() -> str | None:
+    """What has started a process on each of several machines, and tells JAX who they are; None if nothing has."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return "the first node of the Slurm step"
+    if "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
+        return None
+    chips = [path for pattern in ("accel*", "vfio/[0-9]*") for path in DEVICES.glob(pattern)]
+    return "the first host of the TPU slice" if chips and find_spec("libtpu") else None
 
 
 def part() -> None:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
 from jaxpost.models.config import Experts, ModelConfig
+from jaxpost.models.grouped import grouped_product
 from jaxpost.models.layers import ACTIVATIONS, MLP, Linear
 from jaxpost.models.lora import LoRA
 from jaxpost.models.quant import Kernel, with_dense
@@ -150,7 +151,7 @@ def _visit_experts(
     # A token visits an expert once at most.
     order = jnp.argsort(chosen, stable=True)[: len(x) * min(num_per_token, num_experts)]
     token, ours = order // num_per_token, (chosen[order] < num_experts)[:, None]
-    visit = partial(jax.lax.ragged_dot, group_sizes=jnp.bincount(chosen, length=num_experts))
+    visit = partial(grouped_product, sizes=jnp.bincount(chosen, length=num_experts))
 
     def apply(rows: Array, kernel: Array, thin: tuple[Array, ...]) -> Array:
         y = visit(rows, kernel)

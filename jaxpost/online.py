@@ -39,7 +39,7 @@ from jaxpost.rl.rollout_func import Limits, Policy, RolloutFunction, called, rol
 from jaxpost.rl.rows import Answers
 from jaxpost.rl.sampling import SamplingConfig
 from jaxpost.rl.stopping import stopper
-from jaxpost.sharding import batch_groups, put_whole, rows_sharding
+from jaxpost.sharding import batch_groups, put_whole, rows_sharding, token_groups
 from jaxpost.train.manifest import DIGEST
 from jaxpost.train.state import TrainState, merge
 from jaxpost.train.step import InParts, Programs, remembered, split_batch
@@ -173,7 +173,8 @@ class Online:
         options = {
             "eos_ids": ends,
             "sampling": part_of(args, SamplingConfig).knobs(),
-            "batch_size": args.rollout_batch_size * batch_groups(self.mesh),
+            "batch_size": args.rollout_batch_size * token_groups(self.mesh),
+            "gather": args.gather_for_generation,
         }
 
         def complete(state: TrainState, prompts: Prompts, numbers: Sequence[int], each: int, first: int) -> Sampled:

@@ -64,9 +64,9 @@ def join(config: ProcessesConfig) -> None:
     place = config.coordinator_address or _launcher()
     if place is None or jax.distributed.is_initialized():
         return
-    limits = {"heartbeat_timeout_seconds": config.heartbeat_timeout, "initialization_timeout": 300}
+    seconds = config.heartbeat_timeout
     try:
-        jax.distributed.initialize(*given, **limits)
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=seconds, initialization_timeout=300)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the processes do not meet at {place}: {one_line(error)}") from error
     if jax.default_backend() == "cpu":

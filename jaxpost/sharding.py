@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -160,11 +161,12 @@ def path_of(key_path: Any) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator=".")
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, gathered: bool = False) -> P:
     """The PartitionSpec of the parameter (or its optimizer moment) that ends in `path`'s suffix.
 
     A dimension that its mesh axes do not divide is split over the part of them that does, which may be none, with one
-    log line. Optimizer state with a dimension summed away has size 1 there, which is replicated in silence.
+    log line. Optimizer state with a dimension summed away has size 1 there, which is replicated in silence. `gathered`
+    leaves out the axes that are gathered before the parameter is used.
 
     Raises:
         ConfigError: no row of the table matches; silence would replicate a large array on every device.
@@ -174,7 +176,9 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     logical = _logical_axes(path)
     if logical is None:
         raise ConfigError(f"parameter {path} has no row in the sharding table (jaxpost/sharding.py: PARAMETERS)")
-    return _spec((*[None] * (len(shape) - len(logical)), *logical), shape, mesh, path)
+    if gathered:
+        logical = tuple(None if name == "embed" else name for name in logical)
+    return layout_spec((*[None] * (len(shape) - len(logical)), *logical), shape, mesh, path)
 
 
 def mesh_axes(
@@ -203,8 +207,11 @@ def mesh_axes(
     return found
 
 
-def _spec(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str = "") -> P:
-    """Where each dimension goes; a mesh axis splits the first one of those that name it and that it divides."""
+def layout_spec(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str = "") -> P:
+    """Where each dimension of an array goes, by their logical axes.
+
+    A mesh axis splits the first one of those that name it and that it divides.
+    """
     taken: list[str] = []
     entries = []
     for name, dim in zip(logical, shape, strict=True):
@@ -257,7 +264,15 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(logical, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, layout_spec(logical, x.shape, mesh))
+
+
+def constrain_parameter(path: str, x: jax.Array) -> jax.Array:
+    """Lay a parameter out as it is used: see `parameter_spec`, gathered."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not jnp.issubdtype(x.dtype, jnp.number):
+        return x
+    return jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh, gathered=True))
 
 
 def on_devices(tree: Any) -> Any:

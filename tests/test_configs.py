@@ -13,7 +13,10 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
 WRITERS = {"sft": word_problems.write, "grpo": sums.write, "ppo": sums.write}
-SMALL = {"grpo": "--num_generations 4 --max_completion_length 12", "ppo": "--num_mini_batches 1"}  # others by the length of their rows
+SMALL = {
+    "grpo": "--num_generations 4 --max_completion_length 12",
+    "ppo": "--num_mini_batches 1",
+}  # others by the length of their rows
 
 
 def method_of(path):

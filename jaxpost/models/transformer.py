@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from jaxpost.models.at_hand import at_hand
 from jaxpost.models.attention import Places, attend_cache, attention
 from jaxpost.models.config import Compute, ModelConfig
 from jaxpost.models.context import to_heads, to_tokens
@@ -212,9 +213,17 @@ class Decoder(nnx.Module):
         return not self.config.turns_by_length
 
     def unstacked(self) -> tuple[Any, ...]:
-        """The weights of each layer for itself, as `decode` uses them."""
+        """The weights of each layer for itself."""
         stacked = nnx.split(self.layers)[1]
         return tuple(jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(self.config.num_layers))
+
+    def at_hand(self, *, gather: bool) -> tuple[Any, tuple[Any, ...]]:
+        """The arrays as `decode` uses them at every token: those outside of the layers, and those of each layer."""
+        state = nnx.to_pure_dict(nnx.state(self))
+        del state["layers"]
+        ready = partial(at_hand, dtype=self.compute.dtype, gather=gather)
+        layers = [nnx.to_pure_dict(layer) for layer in self.unstacked()]
+        return ready(state), tuple(ready({"layers": layer})["layers"] for layer in layers)
 
     def decode(
         self, tokens: Int[Array, "B"], cache: Cache, layers: tuple[Any, ...] | None = None

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxpost.models.actor_critic import ActorCritic, as_copy, on_trunk, policy_of, with_adapter
 from jaxpost.models.adapters import attach, reference_view
@@ -15,7 +15,8 @@ from jaxpost.models.config import Compute, ModelConfig
 from jaxpost.models.lora_config import LoraConfig
 from jaxpost.models.quant import quantize
 from jaxpost.models.transformer import Decoder
-from jaxpost.sharding import HOST, rows_sharding
+from jaxpost.rl.slots import layout
+from jaxpost.sharding import HOST, layout_spec, parameter_spec, path_of, rows_sharding
 from jaxpost.train.reference import Reference
 from jaxpost.train.state import on_mesh
 
@@ -76,6 +77,26 @@ def abstract_reference(
         return Reference(lambda model, _: reference_view(policy_of(model)))
     graphdef, state = nnx.split(abstract_model(config, mesh, dtype=dtype, compute=compute))
     return Reference(lambda _, own: nnx.merge(graphdef, own), nnx.to_pure_dict(state))
+
+
+def at_hand_on_mesh(weights: Any, mesh: Mesh) -> Any:
+    """Abstract weights of a generation with their places."""
+
+    def placed(path: Any, leaf: Any) -> Any:
+        spec = parameter_spec(path_of(path), leaf.shape, mesh, gathered=True)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(placed, weights)
+
+
+def slots_on_mesh(slots: Any, mesh: Mesh) -> Any:
+    """Abstract slots with their places."""
+
+    def placed(leaf: Any) -> Any:
+        sharding = NamedSharding(mesh, layout_spec(layout(leaf), leaf.shape, mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, slots)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -92,7 +92,7 @@ class Prediction(NamedTuple):
 def predict(plan: Planned, topology: Topology) -> Prediction:
     """Compile the programs of a run; its mesh is set (jax.set_mesh)."""
     measured = [_measured(program, topology, plan.mesh.size) for program in plan.programs]
-    most = max(measured, key=lambda each: each.temporaries)
+    most = max(measured, key=lambda each: each.temporaries + each.program.held)
     memory: dict[str, float] = {
         "parameters": bytes_per_device(plan.state.params),
         "frozen parameters": bytes_per_device(plan.state.frozen),
@@ -106,6 +106,7 @@ def predict(plan: Planned, topology: Topology) -> Prediction:
         gradients = bytes_per_device(plan.state.params) if most.program.name == STEP else 0
         memory["gradients"] = min(gradients, most.temporaries)
         memory["activations and temporaries"] = most.temporaries - memory["gradients"]
+        memory["completions, and weights at hand"] = most.program.held
     cores = plan.mesh.size / int(np.prod(topology.dims))  # devices of a chip
     return Prediction(
         programs=measured,

@@ -16,13 +16,20 @@ from jaxpost.models.config import ModelConfig
 from jaxpost.offline import Run
 from jaxpost.online import Appraisal
 from jaxpost.options import part_of
-from jaxpost.planning.abstract import abstract_model, abstract_reference, rows_on_mesh
+from jaxpost.planning.abstract import (
+    abstract_model,
+    abstract_reference,
+    at_hand_on_mesh,
+    bytes_per_device,
+    rows_on_mesh,
+    slots_on_mesh,
+)
 from jaxpost.planning.batches import generation, offline_batch
 from jaxpost.rl import plan as rollouts
 from jaxpost.rl import slots
 from jaxpost.rl.generate import MOST_PROMPTS, bucket, cache_lengths, power
 from jaxpost.rl.sampling import SamplingConfig
-from jaxpost.sharding import batch_groups
+from jaxpost.sharding import batch_groups, token_groups
 from jaxpost.train.optim import make_optimizer, make_schedule
 from jaxpost.train.reference import Reference
 from jaxpost.train.state import TrainState, abstract_state, decay_mask
@@ -40,12 +47,14 @@ class Program(NamedTuple):
         lower: for the compiler.
         times: how often it runs in an optimizer step.
         open_trips: how often a loop runs whose end only the run decides; None for its bound.
+        held: bytes of a device that it is given beside the state.
     """
 
     name: str
     lower: Callable[[], Any]
     times: float = 1.0
     open_trips: float | None = None
+    held: int = 0
 
 
 class Planned(NamedTuple):
@@ -165,13 +174,19 @@ def _rollout_plan(args: Any, mesh: Mesh) -> rollouts.Plan:
 def _sampling(policy: Any, args: Any, mesh: Mesh, prompt_length: int) -> list[Program]:
     """Prompts are read, and tokens drawn, as in `rl.generate` with all slots in use."""
     numbers, new = _rollout_plan(args, mesh), args.max_completion_length
-    rows = min(power(args.rollout_batch_size * batch_groups(mesh)), power(numbers.num_completions))
+    rows = min(power(args.rollout_batch_size * token_groups(mesh)), power(numbers.num_completions))
     graphdef, state = nnx.split(policy)
     weights = nnx.to_pure_dict(state)
     length = bucket(prompt_length)
-    programs = slots.Programs(graphdef, new, cache_lengths(length, new)[-1])
+    programs = slots.Programs(graphdef, new, cache_lengths(length, new)[-1], args.gather_for_generation)
     empty = jax.eval_shape(lambda weights: programs.empty(weights, rows), weights)
-    filled = rows_on_mesh(empty, mesh)
+    filled, near, gathering = slots_on_mesh(empty, mesh), (weights, None), []
+    held = bytes_per_device(filled)
+    if args.gather_for_generation:
+        others, layers = at_hand_on_mesh(jax.eval_shape(programs.at_hand, weights), mesh)
+        near = {**others, "layers": weights["layers"]}, layers
+        held += bytes_per_device((others, layers))
+        gathering = [Program("weights at hand", lambda: programs.at_hand.lower(weights), 1 / numbers.num_steps)]
     prompts = min(MOST_PROMPTS, power(numbers.num_prompts))
     replicated = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     admitted = min(rows, prompts * numbers.num_generations)
@@ -180,11 +195,9 @@ def _sampling(policy: Any, args: Any, mesh: Mesh, prompt_length: int) -> list[Pr
     sampling = part_of(args, SamplingConfig).knobs()
     decode = [replicated((1,)), sampling, 0, rows, new]
     batches = numbers.num_completions / rows / numbers.num_steps
+    reads = numbers.num_prompts / prompts / numbers.num_steps
     return [
-        Program(
-            "prefill",
-            lambda: programs.admit.lower(weights, filled, *admit),
-            numbers.num_prompts / prompts / numbers.num_steps,
-        ),
-        Program("decode, a token", lambda: programs.decode.lower(weights, None, filled, *decode), batches * new, 1.0),
+        *gathering,
+        Program("prefill", lambda: programs.admit.lower(weights, filled, *admit), reads, held=held),
+        Program("decode, a token", lambda: programs.decode.lower(*near, filled, *decode), batches * new, 1.0, held),
     ]

@@ -65,6 +65,7 @@ def generate(
     first_request: int = 0,
     batch_size: int = 16,
     stop: Callable[[list[int]], int | None] | None = None,
+    gather: bool = True,
 ) -> list[Completion]:
     """Complete every prompt, in order; those of one prompt follow each other.
 
@@ -80,6 +81,7 @@ def generate(
         first_request: number of the first completion, which random numbers depend on.
         batch_size: completions decoded together.
         stop: says of the tokens so far after how many of them the completion has ended, None if it goes on.
+        gather: keep the weights ready to be multiplied with meanwhile, which on many devices takes more memory.
 
     Raises:
         ConfigError: an argument out of range, or an empty prompt (its row is named).
@@ -88,9 +90,12 @@ def generate(
     _check(prompts, limits, max_new_tokens, {"batch_size": batch_size, "num_return_sequences": num_return_sequences})
     if not len(prompts):
         return []
-    graphdef, weights = nnx.split(model)
+    graphdef, state = nnx.split(model)
+    weights = nnx.to_pure_dict(state)
     sizes = cache_lengths(bucket(max(map(len, prompts))), max_new_tokens)
-    compiled = [programs(graphdef, max_new_tokens, size) for size in (sizes if model.cache_grows else sizes[-1:])]
+    compiled = [
+        programs(graphdef, max_new_tokens, size, gather) for size in (sizes if model.cache_grows else sizes[-1:])
+    ]
     # Prompts of similar length are read together: each costs as much as the longest of them.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     queue = deque(row * num_return_sequences + i for row in order for i in range(num_return_sequences))
@@ -131,7 +136,7 @@ class _Batch:
     ):
         self._compiled, *self._larger = compiled
         self._weights, self._stop = weights, stop
-        self._layers = self._compiled.layers(weights)
+        self._near = self._compiled.near(weights)
         self._shrinks = self._compiled.max_new_tokens >= LEAST_TOKENS
         self._slots: Slots = self._compiled.empty(weights, rows)
         self._requests: list[_Request | None] = [None] * rows
@@ -200,9 +205,7 @@ class _Batch:
         steps = self._compiled.cache_length - longest
         steps = min(steps, LOOK_STEPS if self._stop is None else STOP_STEPS)
         enough = rows - active + max(1, wanted)
-        self._slots = self._compiled.decode(
-            self._weights, self._layers, self._slots, ends, sampling, seed, enough, steps
-        )
+        self._slots = self._compiled.decode(*self._near, self._slots, ends, sampling, seed, enough, steps)
         finished = self._collect(set(ends.tolist()))
         if not more and self._shrinks:
             self._shrink()

@@ -19,6 +19,12 @@ class GenerationConfig:
     rollout_batch_size: int = option(
         64, "Completions per data-parallel group that are decoded together.", may_change=True
     )
+    gather_for_generation: bool = option(
+        True,
+        "Have the weights at hand while tokens are drawn, split over `tensor` alone, in the dtype that they are "
+        "multiplied in (TRL: ds3_gather_for_generation). false needs less memory, and is slow on many devices.",
+        may_change=True,
+    )
     shuffle_dataset: bool = option(True, "Take the prompts in random order.")
     dynamic_sampling: bool = option(
         False, "Sample other prompts in place of those whose completions are all rewarded alike (DAPO)."

@@ -23,7 +23,7 @@ class Sampler(Protocol):
 
     def prefill(self, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, Any]: ...
 
-    def unstacked(self) -> tuple[Any, ...]: ...
+    def at_hand(self, *, gather: bool) -> tuple[Any, tuple[Any, ...]]: ...
 
     def decode(self, tokens: Array, cache: Any, layers: tuple[Any, ...] | None = None) -> tuple[Array, Any]: ...
 
@@ -62,24 +62,33 @@ class Programs:
         graphdef: of the model.
         max_new_tokens: N.
         cache_length: most tokens of a prompt and its completion so far.
+        gather: draw tokens with weights that are not split over the axes over which they are when they are trained.
 
     Attributes:
         max_new_tokens, cache_length: that were given.
     """
 
-    def __init__(self, graphdef: Any, max_new_tokens: int, cache_length: int):
+    def __init__(self, graphdef: Any, max_new_tokens: int, cache_length: int, gather: bool = True):
         self._graphdef, self.max_new_tokens, self.cache_length = graphdef, max_new_tokens, cache_length
         self.empty = jax.jit(self._empty, static_argnums=1)
-        self._unstacked = jax.jit(lambda weights: nnx.merge(graphdef, weights).unstacked())
+        self._gather = gather
+        self.at_hand = jax.jit(lambda weights: nnx.merge(graphdef, weights).at_hand(gather=gather))
         self.admit = jax.jit(self._admit, donate_argnums=1)
         self.decode = jax.jit(self._decode, donate_argnums=2)
         self.keep = jax.jit(self._keep)
         self.grown = jax.jit(lambda slots: _spread(slots._replace(cache=slots.cache.grown(cache_length))))
         self.finish = jax.jit(lambda slots, chosen: slots._replace(done=slots.done | chosen), donate_argnums=0)
 
-    def layers(self, weights: Any) -> tuple[Any, ...] | None:
-        """The weights of each layer, for `decode`. XLA on CPU would slice them out of the stack at every token."""
-        return self._unstacked(weights) if platform() == "cpu" else None
+    def near(self, weights: Any) -> tuple[Any, tuple[Any, ...] | None]:
+        """The weights for `decode`: the model's, and those of each layer.
+
+        Without `gather` they take no memory of their own, but on CPU, where XLA would slice the layers out of their
+        stack at every token.
+        """
+        if not self._gather and platform() != "cpu":
+            return weights, None
+        others, layers = self.at_hand(weights)
+        return {**others, "layers": weights["layers"]}, layers
 
     def _empty(self, weights: Any, rows: int) -> Slots:
         """Free slots."""
@@ -162,7 +171,7 @@ class Programs:
 
         Args:
             weights: of the model.
-            layers: from `layers`.
+            layers: from `near`, as are the weights.
             slots: some of them not done.
             ends: ids that end a completion.
             sampling: the knobs.
@@ -215,15 +224,18 @@ class Programs:
 
 
 @lru_cache(maxsize=32)
-def programs(graphdef: Any, max_new_tokens: int, cache_length: int) -> Programs:
+def programs(graphdef: Any, max_new_tokens: int, cache_length: int, gather: bool) -> Programs:
     """The programs of a model, made once."""
-    return Programs(graphdef, max_new_tokens, cache_length)
+    return Programs(graphdef, max_new_tokens, cache_length, gather)
+
+
+def layout(part: Any) -> tuple[str | None, ...]:
+    """Logical axes of an array of the slots.
+
+    Every group of devices has its own slots; over `tensor` it splits the heads of the cache's keys and values.
+    """
+    return ("tokens", "heads", None, None) if part.ndim == 4 else ("tokens", *[None] * (part.ndim - 1))
 
 
 def _spread(slots: Slots) -> Slots:
-    """Every group of devices has its own slots; over `tensor` it splits the heads of the cache's keys and values."""
-
-    def place(part: Array) -> Array:
-        return constrain(part, "tokens", *(["heads", None, None] if part.ndim == 4 else [None] * (part.ndim - 1)))
-
-    return jax.tree.map(place, slots)
+    return jax.tree.map(lambda part: constrain(part, *layout(part)), slots)

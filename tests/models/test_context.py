@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,6 +15,8 @@ from jaxpost.models.config import Compute
 from jaxpost.models.context import to_heads, to_tokens
 from jaxpost.models.hf import place
 from jaxpost.rl.generate import generate
+from jaxpost.rl.sampling import Sampling
+from jaxpost.rl.slots import Programs
 from jaxpost.sharding import TOKEN_AXES, make_mesh
 from tests.conftest import make_batch, make_noisy_model
 
@@ -47,18 +50,33 @@ def test_only_slices_of_rows_move(spec, kv_heads):
     assert not [shape for shape in gathered if np.prod([*map(int, shape.split(","))]) >= 32 * 16], gathered
 
 
+@pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("spec", MESHES)
-def test_completions_are_those_of_one_device(spec):
+def test_completions_are_those_of_one_device(spec, gather):
     prompts = [np.arange(3, 3 + length) for length in (5, 9, 17, 2)]
     options = {"max_new_tokens": 12, "eos_ids": [1], "num_return_sequences": 2, "batch_size": 8}
     expected = generate(make_noisy_model(0), prompts, **options)
     mesh = make_mesh(spec)
     model = place(make_noisy_model(0), Compute(), mesh)
     with jax.set_mesh(mesh):
-        completions = generate(model, prompts, **options)
+        completions = generate(model, prompts, **options, gather=gather)
     assert [c.tokens for c in completions] == [c.tokens for c in expected]
     for ours, theirs in zip(completions, expected, strict=True):
         np.testing.assert_allclose(ours.logps, theirs.logps, atol=1e-5)
+
+
+@pytest.mark.parametrize(("gather", "expected"), [(True, False), (False, True)])
+def test_weights_that_are_at_hand_are_not_gathered_at_every_token(gather, expected):
+    mesh = make_mesh("fsdp=4,tensor=2")
+    with jax.set_mesh(mesh):
+        graphdef, state = nnx.split(place(make_noisy_model(0), Compute(), mesh))
+        weights = nnx.to_pure_dict(state)
+        compiled = Programs(graphdef, 16, 64, gather)
+        arguments = compiled.empty(weights, 8), np.asarray([1], np.int32), Sampling(), 0, 8, 4
+        text = compiled.decode.lower(*compiled.near(weights), *arguments).compile().as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", text)
+    kernel = 32 * 64 // 2  # numbers of one, of the MLP
+    assert any(np.prod([*map(int, shape.split(","))]) >= kernel for shape in gathered) == expected
 
 
 def test_slices_that_do_not_divide_the_heads_are_not_split(caplog):

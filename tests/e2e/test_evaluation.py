@@ -58,7 +58,7 @@ def test_an_adapters_base_can_be_asked_once(tiny_folder, data, tmp_path):
     np.testing.assert_allclose(*(evaluated(tmp_path / name, "loss") for name in ("online", "once")), rtol=2e-6)
 
 
-@pytest.mark.parametrize("method", [slow("kto --loss_type apo_zero_unpaired"), "bco"])
+@pytest.mark.parametrize("method", [slow("kto --loss_type apo_zero_unpaired"), slow("bco")])
 def test_judged_completions_can_be_asked_once(tiny_folder, data, tmp_path, method):
     method, *flags = method.split(maxsplit=1)
     for name, more in (("online", []), ("once", ["--precompute_ref_log_probs"])):
@@ -125,7 +125,7 @@ BEST = "--eval_strategy steps --eval_steps 1 --save_steps 1 --load_best_model_at
 
 @pytest.mark.parametrize(
     ("flags", "metric"),
-    [("--metric_for_best_model rewards/chosen", "eval_rewards/chosen"), ("--greater_is_better true", "eval_loss")],
+    [("--metric_for_best_model rewards/chosen", "eval_rewards/chosen"), slow("--greater_is_better true", "eval_loss")],
 )
 def test_the_best_checkpoint_is_kept_and_written(tiny_folder, data, tmp_path, flags, metric):
     flags = f"{BEST} {flags} --learning_rate 1e-1 --max_steps 5 --save_total_limit 1 --lr_scheduler_type constant"

@@ -115,7 +115,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(grpo, tiny_folder, home, tmp_p
     [
         slow("grpo", "--loss_type dapo --per_device_train_batch_size 8"),
         ("grpo", "--loss_type grpo --scale_rewards batch"),
-        ("rloo", "--beta 0"),
+        slow("rloo", "--beta 0"),
     ],
 )
 def test_completions_that_are_rewarded_alike_are_not_read_and_change_nothing(
@@ -135,13 +135,13 @@ def test_completions_that_are_rewarded_alike_are_not_read_and_change_nothing(
     ("method", "flags"),
     [
         ("grpo", "--num_iterations 2 --generation_batch_size 64 --beta 0.1 --save_steps 4"),
-        ("grpo", "--dynamic_sampling --use_adaptive_entropy --top_entropy_quantile 0.8"),
+        slow("grpo", "--dynamic_sampling --use_adaptive_entropy --top_entropy_quantile 0.8"),
         (
             "grpo",
             "--loss_type cispo --epsilon_high 5 --beta 0.1 --use_peft --lora_r 4 --lora_dropout 0",
         ),
         ("rloo", "--top_k 100 --top_p 0.95 --min_p 0.01 --repetition_penalty 1.1"),
-        ("rloo", "--baseline batch --beta 0 --steps_per_generation 2"),
+        slow("rloo", "--baseline batch --beta 0 --steps_per_generation 2"),
         ("grpo", "--generate_ahead true --loss_type vespo"),
     ],
 )
@@ -261,7 +261,7 @@ def two_turns(prompts, trainer):
 '''
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize("method", ["grpo", slow("rloo")])
 def test_a_rollout_of_several_turns_is_learned_from_where_the_policy_spoke(method, tiny_folder, home, tmp_path):
     (home / "rollout.py").write_text(ROLLOUT)
     flags = f"--rollout_func {home}/rollout.py:two_turns"

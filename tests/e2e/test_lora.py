@@ -117,7 +117,7 @@ def test_the_first_step_is_the_base_and_the_base_does_not_change(tiny_folder, da
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-@pytest.mark.parametrize("mesh", [slow("fsdp=4,tensor=2"), "data=2,tensor=4"])
+@pytest.mark.parametrize("mesh", [slow("fsdp=4,tensor=2"), slow("data=2,tensor=4")])
 def test_layout_changes_no_loss(tiny_folder, data, tmp_path, mesh):
     flags = "--use_peft --use_dora --lora_r 4 --lora_dropout 0 --per_device_train_batch_size 4 --padding_free false"
     for name, layout in (("one", "fsdp=2,tensor=4"), ("other", mesh)):
@@ -129,7 +129,7 @@ def test_layout_changes_no_loss(tiny_folder, data, tmp_path, mesh):
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("bits", ["--load_in_4bit", "--load_in_8bit"])
+@pytest.mark.parametrize("bits", ["--load_in_4bit", slow("--load_in_8bit")])
 def test_an_adapter_on_few_bits(tiny_folder, data, tmp_path, bits):
     out = tmp_path / "out"
     assert sft(tiny_folder, data, out, f"{ADAPTER} {bits} --eval_strategy epoch --eval_on_start true") == 0

@@ -90,7 +90,7 @@ def test_resumed_in_the_middle_of_the_epochs_equals_uninterrupted_bit_for_bit(pp
     ("value_model", "flags"),
     [
         ("trunk", "--value_warmup_steps 1 --value_learning_rate 1e-3"),
-        ("trunk", LORA),
+        slow("trunk", LORA),
         ("adapter", f"{LORA} --lora_dropout 0.1 --disable_dropout false --max_grad_norm 0"),
         slow("copy", f"{LORA} --kl_estimator k3 --whiten_rewards --missing_eos_penalty 1 --num_generations 2"),
         slow("copy", "--sync_ref_model --ref_model_sync_steps 1 --entropy_coef 0.01 --reward_clip_range -1 0.5"),

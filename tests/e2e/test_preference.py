@@ -10,6 +10,7 @@ from jaxpost import DPOConfig, DPOTrainer, from_pretrained, save_pretrained
 from jaxpost.cli import main
 from tests.conftest import make_model, make_tokenizer
 from tests.e2e.test_lora import assert_same
+from tests.marks import slow
 
 ADAPTER = "--use_peft --lora_r 4 --lora_target_modules all-linear"
 LOG_2 = float(np.log(2))
@@ -61,7 +62,7 @@ def test_a_full_run_is_compared_with_a_copy_of_its_start(dpo, tiny_folder):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--mesh fsdp=4,tensor=2 --per_device_train_batch_size 2",
+        slow("--mesh fsdp=4,tensor=2 --per_device_train_batch_size 2"),
         "--mesh data=2,tensor=4 --gradient_accumulation_steps 4 --padding_free false --share_prompts false",
     ],
 )
@@ -120,7 +121,7 @@ def test_python_face_takes_a_loaded_reference_and_leaves_it_as_it_was(tiny_folde
     np.testing.assert_allclose(np.asarray(reference(np.arange(3, 27).reshape(2, 12))), before, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["kto", "orpo", "cpo", "simpo"])
+@pytest.mark.parametrize("method", ["kto", "orpo", slow("cpo"), "simpo"])
 def test_the_other_methods_learn(method, tiny_folder, data, tmp_path):
     assert run(method, tiny_folder, data, tmp_path / "out", "--max_steps 6") == 0
     losses = logged(tmp_path / "out")

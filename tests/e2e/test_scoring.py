@@ -93,7 +93,7 @@ def last_evaluation(out):
     return [row for row in rows if "eval_loss" in row][-1]
 
 
-@pytest.mark.parametrize("method", ["dpo", "reward", slow("kto"), slow("bco"), "orpo"])
+@pytest.mark.parametrize("method", ["dpo", "reward", slow("kto"), slow("bco"), slow("orpo")])
 def test_evaluation_later_says_what_the_run_said(tiny_folder, data, tmp_path, capsys, method):
     out = tmp_path / "out"
     assert run(method, tiny_folder, data, out, f"{ADAPTER} --eval_strategy steps --eval_steps 4") == 0

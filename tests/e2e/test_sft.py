@@ -122,7 +122,7 @@ def test_a_second_run_does_not_overwrite_the_first(run, tiny_folder, data, capsy
 @pytest.mark.parametrize(
     "flags",
     [
-        "--mesh fsdp=2,tensor=4 --gradient_accumulation_steps 4",
+        slow("--mesh fsdp=2,tensor=4 --gradient_accumulation_steps 4"),
         slow("--mesh fsdp=4,tensor=2 --gradient_accumulation_steps 2 --padding_free false"),
         "--mesh data=2,tensor=4 --per_device_train_batch_size 4 --length_buckets 3",
     ],

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -129,7 +130,9 @@ def make_mesh(spec: str | None = None, devices: Sequence[Any] | None = None) -> 
         sizes[free[0]] = len(devices) // others
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(f"--mesh {spec} needs {math.prod(sizes.values())} devices, here are {len(devices)}")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Neighbours on a TPU's torus stay neighbours, also where an axis is a part of one of the torus's.
+    grid = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _parse_mesh(spec: str) -> dict[str, int]:

@@ -144,3 +144,24 @@ def test_a_model_that_the_mesh_does_not_divide_computes_the_same(mesh, rows, cha
         many = jax.jit(jax.value_and_grad(total))(jax.device_put(weights, shardings(weights, mesh)), batch)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
+
+
+class Chip:
+    """A device of a TPU slice, as far as a mesh asks."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5p", 0, 0
+
+    def __init__(self, number, coords):
+        self.id, self.coords = number, coords
+
+    def __repr__(self):
+        return str(self.coords)
+
+
+@pytest.mark.parametrize(
+    "spec", ["fsdp=64", "fsdp=8,tensor=8", "fsdp=-1,context=8", "data=2,fsdp=2,context=8,tensor=2"]
+)
+def test_an_axis_may_be_a_part_of_the_torus(spec):
+    chips = [Chip(i, (i % 4, i // 4 % 4, i // 16)) for i in range(64)]
+    mesh = make_mesh(spec, chips)
+    assert mesh.size == 64 and len({chip.id for chip in mesh.devices.flat}) == 64

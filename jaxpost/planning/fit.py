@@ -14,16 +14,14 @@ MOST_ROWS = 16
 def candidates(args: Any, config: ModelConfig, num_devices: int) -> Iterator[list[Any]]:
     """Configs to try: lists of which the first that fits is the fastest of its list.
 
-    The batch of an optimizer step stays what the flags say, if that can be: rows of a device are taken from the
-    accumulated ones, and the other way round. A mesh that was given stays.
+    The batch of an optimizer step stays what the flags say: rows of a device are taken from the accumulated ones, and
+    the other way round, and where devices share rows each group of them has more. A mesh that was given stays.
     """
-    meshes = (
-        [args.mesh]
-        if args.mesh
-        else [f"fsdp={num_devices // size},tensor={size}" for size in _tensor(config, num_devices)]
-    )
-    for mesh in meshes:
-        for rows, accumulation in _splits(args):
+    meshes = {args.mesh: 1} if args.mesh else {}
+    for size in [] if args.mesh else _tensor(config, num_devices):
+        meshes[f"fsdp={num_devices // size},tensor={size}"] = size
+    for mesh, sharing in meshes.items():
+        for rows, accumulation in _splits(args, sharing):
             common = {"mesh": mesh, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
             policies = (args.remat_policy,) if args.remat_policy else tuple(POLICIES)
             yield [dataclasses.replace(args, **common, remat_policy=policy) for policy in policies]
@@ -34,9 +32,9 @@ def _tensor(config: ModelConfig, num_devices: int) -> list[int]:
     return [size for size in (1, 2, 4, 8) if num_devices % size == 0 and config.num_kv_heads % size == 0]
 
 
-def _splits(args: Any) -> list[tuple[int, int]]:
-    """(rows of a device, accumulation) with the same product, the most rows first."""
-    total = args.per_device_train_batch_size * args.gradient_accumulation_steps
+def _splits(args: Any, sharing: int) -> list[tuple[int, int]]:
+    """(rows of a group of devices, accumulation) with the same product, the most rows first."""
+    total = args.per_device_train_batch_size * args.gradient_accumulation_steps * sharing
     return [(rows, total // rows) for rows in range(min(total, MOST_ROWS), 0, -1) if total % rows == 0]
 
 

@@ -11,7 +11,7 @@ from jaxpost.planning.abstract import bytes_per_device
 from jaxpost.planning.chips import Topology
 from jaxpost.planning.hlo import Cost, program_cost
 from jaxpost.planning.programs import STEP, Planned, Program
-from jaxpost.planning.topology import compiled
+from jaxpost.planning.topology import Refused, compiled
 
 
 class Measured(NamedTuple):
@@ -21,8 +21,8 @@ class Measured(NamedTuple):
         program: which one.
         cost: of a run, on one device.
         seconds: of a run, for each of `compute`, `memory` and `network` alone.
-        arguments, temporaries: bytes of a device while it runs; all of it in `temporaries` where the compiler refuses.
-        text: the compiled module; empty where the compiler refuses.
+        arguments, temporaries: bytes of a device while it runs.
+        text: the compiled module; empty where the compiler refuses, for which there are no figures but the memory's.
         compile_seconds: of this machine.
     """
 
@@ -70,8 +70,8 @@ class Prediction(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether a device has as much."""
-        return self.needed <= self.capacity
+        """Whether a device has as much, and the compiler, which leaves some to itself, thinks so too."""
+        return self.needed <= self.capacity and all(each.text for each in self.programs)
 
     @property
     def step_seconds(self) -> float:
@@ -91,22 +91,13 @@ class Prediction(NamedTuple):
 
 def predict(plan: Planned, topology: Topology) -> Prediction:
     """Compile the programs of a run; its mesh is set (jax.set_mesh)."""
-    measured = [_measured(program, topology, plan.mesh.size) for program in plan.programs]
+    measured = [_measured(program, plan, topology) for program in plan.programs]
     most = max(measured, key=lambda each: each.temporaries + each.program.held)
-    memory: dict[str, float] = {
-        "parameters": bytes_per_device(plan.state.params),
-        "frozen parameters": bytes_per_device(plan.state.frozen),
-        "optimizer": bytes_per_device(plan.state.opt_state),
-        "reference": bytes_per_device(plan.reference),
-        "batch": bytes_per_device(plan.batch),
-    }
-    if not most.text:  # the compiler has counted all of it
-        memory = {"all": most.temporaries}
-    else:
-        gradients = bytes_per_device(plan.state.params) if most.program.name == STEP else 0
-        memory["gradients"] = min(gradients, most.temporaries)
-        memory["activations and temporaries"] = most.temporaries - memory["gradients"]
-        memory["completions, and weights at hand"] = most.program.held
+    memory = _held(plan)
+    gradients = memory["parameters"] if most.program.name == STEP else 0
+    memory["gradients"] = min(gradients, most.temporaries)
+    memory["activations and temporaries"] = most.temporaries - memory["gradients"]
+    memory["completions, and weights at hand"] = most.program.held
     cores = plan.mesh.size / int(np.prod(topology.dims))  # devices of a chip
     return Prediction(
         programs=measured,
@@ -120,12 +111,24 @@ def predict(plan: Planned, topology: Topology) -> Prediction:
     )
 
 
-def _measured(program: Program, topology: Topology, num_devices: int) -> Measured:
-    began = time.perf_counter()
+def _held(plan: Planned) -> dict[str, float]:
+    """Bytes of a device that are there all the time."""
+    return {
+        "parameters": bytes_per_device(plan.state.params),
+        "frozen parameters": bytes_per_device(plan.state.frozen),
+        "optimizer": bytes_per_device(plan.state.opt_state),
+        "reference": bytes_per_device(plan.reference),
+        "batch": bytes_per_device(plan.batch),
+    }
+
+
+def _measured(program: Program, plan: Planned, topology: Topology) -> Measured:
+    began, num_devices = time.perf_counter(), plan.mesh.size
     executable = compiled(program.lower())
-    if isinstance(executable, float):
-        nothing = {"compute": 0.0, "memory": 0.0, "network": 0.0}
-        return Measured(program, Cost(0, 0, [], {}), nothing, 0, executable, "", time.perf_counter() - began)
+    if isinstance(executable, Refused):
+        held = sum(_held(plan).values()) + program.held if executable.with_arguments else 0
+        nothing, spent = {"compute": 0.0, "memory": 0.0, "network": 0.0}, time.perf_counter() - began
+        return Measured(program, Cost(0, 0, [], {}), nothing, 0, max(0.0, executable.bytes - held), "", spent)
     text, memory = executable.as_text(), executable.memory_analysis()
     spent = time.perf_counter() - began
 

@@ -42,7 +42,7 @@ def _memory(prediction: Prediction) -> Table:
     for name, size in prediction.memory.items():
         table.add_row(name, f"{size / 1e9:.3g}")
     spare = prediction.capacity - prediction.needed
-    verdict = f"{spare / 1e9:.2f} left" if spare >= 0 else f"[bold red]{-spare / 1e9:.2f} too much[/]"
+    verdict = f"{spare / 1e9:.2f} left" if prediction.fits else f"[bold red]{-spare / 1e9:.2f} too much[/]"
     table.add_row(f"of {prediction.capacity / 1e9:.2f}", verdict)
     return table
 

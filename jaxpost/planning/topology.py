@@ -4,7 +4,7 @@ import os
 import re
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,7 +18,21 @@ TPU_SETTINGS = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-GIGABYTES = r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm"
+# How libtpu says that a program is too large: of all that it needs, or of what it needs beside its arguments.
+ALL = r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm"
+TEMPORARIES = r"HLO temporaries \(([\d.]+)([GM])\) exceeds available HBM"
+
+
+class Refused(NamedTuple):
+    """That a compiler finds a program too large.
+
+    Attributes:
+        bytes: that a device would need.
+        with_arguments: whether the program's arguments are among them.
+    """
+
+    bytes: float
+    with_arguments: bool
 
 
 def devices_of(topology: Topology) -> list[Any]:
@@ -73,12 +87,12 @@ def _find_ptxas(name: str) -> None:
 
 
 def compiled(lowered: Any) -> Any:
-    """Compile; returns the executable, or how many bytes a device would need if the compiler finds it too large."""
+    """Compile; returns the executable, or that it is `Refused`."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(GIGABYTES, str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
+        found = {pattern: re.search(pattern, str(error)) for pattern in (ALL, TEMPORARIES)}
+        pattern, match = next(((pattern, match) for pattern, match in found.items() if match), (ALL, None))
+        if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
             raise
-        used, unit = float(found[1]), found[2]
-        return used * (2**30 if unit == "G" else 2**20)
+        return Refused(float(match[1]) * (2**30 if match[2] == "G" else 2**20), pattern == ALL)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
 
 from jaxpost.sharding import HOST, path_of, shardings
@@ -104,11 +104,13 @@ def _abstract(tree: Any, layout: Any) -> Any:
 
 
 def _optimizer_layout(opt_state: Any, mesh: Mesh, offload: bool) -> Any:
-    """Where the optimizer state is; numbers stay on the devices."""
-    layout = shardings(opt_state, mesh)
-    if not offload:
-        return layout
-    return jax.tree.map(lambda leaf, place: place.with_memory_kind(HOST) if leaf.ndim else place, opt_state, layout)
+    """Where the optimizer state is; single numbers, and bytes, which XLA for TPU cannot fetch, stay on the devices."""
+
+    def place(leaf: Any, sharding: NamedSharding) -> NamedSharding:
+        moves = offload and leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return sharding.with_memory_kind(HOST) if moves else sharding
+
+    return jax.tree.map(place, opt_state, shardings(opt_state, mesh))
 
 
 def _numbers(remembers: Iterable[str]) -> dict[str, Array]:

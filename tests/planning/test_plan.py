@@ -20,6 +20,7 @@ from jaxpost.planning.command import plan_config
 from jaxpost.planning.fit import candidates, smaller
 from jaxpost.planning.prediction import matrix_parameters, predict, train_flops
 from jaxpost.planning.programs import planned
+from jaxpost.planning.topology import Refused, compiled
 from jaxpost.sharding import make_mesh
 from tests.conftest import TINY_LLAMA
 
@@ -87,14 +88,40 @@ def test_candidates_keep_the_batch_and_take_the_lightest_recomputation_first():
     method, config = METHODS["sft"], read_config(TINY_LLAMA, "tiny")
     args = method.config(per_device_train_batch_size=2, gradient_accumulation_steps=3)
     lists = list(candidates(args, config, 8))
-    batches = {each.per_device_train_batch_size * each.gradient_accumulation_steps for tries in lists for each in tries}
-    assert batches == {6}
+    rows = {
+        (each.mesh, each.per_device_train_batch_size * each.gradient_accumulation_steps)
+        for tries in lists
+        for each in tries
+    }
+    assert rows == {("fsdp=8,tensor=1", 6), ("fsdp=4,tensor=2", 12)}  # 48 rows in all
     assert {tries[0].mesh for tries in lists} == {"fsdp=8,tensor=1", "fsdp=4,tensor=2"}
     assert [each.remat_policy for each in lists[0]] == ["dots", "attention", "full", "offload"]
     assert [flags for flags, _ in smaller(args)][:2] == [
         "--remat_policy full",
         "--per_device_train_batch_size 1 --gradient_accumulation_steps 6",
     ]
+
+
+@pytest.mark.parametrize(
+    ("message", "refused"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 20.50G of 15.75G hbm.",
+            Refused(20.5 * 2**30, True),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M) "
+            "exceeds available HBM (15.75G).",
+            Refused(2**29, False),
+        ),
+    ],
+)
+def test_a_compiler_that_finds_it_too_large_is_heard(message, refused):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(message)
+
+    assert compiled(Lowered()) == refused
 
 
 def test_predicted_memory_is_what_the_step_takes_on_this_machine(tmp_path):

@@ -9,7 +9,7 @@ its completions.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,53 +18,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from jaxpost.errors import ConfigError
+from jaxpost.models.flash import flash
 from jaxpost.models.splash import LEAST_LENGTH, splash
+from jaxpost.models.views import Places, Views, seen_tiles, views_of
 from jaxpost.options import one_of
 from jaxpost.platform import platform
 
 BLOCK = 128  # queries, and keys, of a tile of the XLA kernel
 NEGATIVE = -1e30  # finite: a row that sees nothing stays free of NaN
 RESIDUALS = "attention"  # checkpoint name of what the backward pass needs besides its inputs
-
-
-class Places(NamedTuple):
-    """Where the tokens of a row stand: who sees whom.
-
-    Attributes:
-        positions: [B, T] place in the document.
-        segments: [B, T] number of the segment; 0 is padding.
-    """
-
-    positions: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
-
-
-class Views(NamedTuple):
-    """What each token sees.
-
-    Attributes:
-        positions, segments: as of Places.
-        trunks: [B, T] the first segment of its document.
-        starts: [B, T] tokens of the trunk that it sees although it stands in a branch; 0 in the trunk itself.
-        begins: [B, T] index in the row of its document's first token.
-    """
-
-    positions: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
-    trunks: Int[Array, "B T"]
-    starts: Int[Array, "B T"]
-    begins: Int[Array, "B T"]
-
-
-def views_of(places: Places) -> Views:
-    """Find the documents of rows, and where they branch."""
-    positions, segments = places
-    index = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
-    first = (segments != jnp.roll(segments, 1, axis=1)) | (index == 0)
-    opens = (first & (positions == 0)) | (segments == 0)
-    begins, of_segment = (lax.cummax(jnp.where(x, index, 0), axis=1) for x in (opens, first))
-    starts = jnp.where(of_segment > begins, jnp.take_along_axis(positions, of_segment, axis=1), 0)
-    return Views(positions, segments, jnp.take_along_axis(segments, begins, axis=1), starts, begins)
 
 
 def attention(
@@ -93,7 +55,7 @@ def attention(
     Raises:
         ConfigError: unknown kernel name, or one that is for another platform.
     """
-    run = KERNELS[_chosen(kernel, query.shape[1], plain=window is None and not branches)]
+    run = KERNELS[_chosen(kernel, query, plain=window is None and not branches)]
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
     room = -length % min(BLOCK, length)
@@ -152,7 +114,7 @@ def _tiled_forward(
 ) -> tuple[Array, tuple]:
     """Running maximum, mass and weighted sum over the tiles of keys; row statistics are [B, K, G, T, 1]."""
     size = min(BLOCK, query.shape[3])
-    tiles = _seen_tiles(views, window, size)
+    tiles = seen_tiles(views, window, size)
     tile_scores = partial(_scores, softcap, window, size)
 
     def row(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -182,7 +144,7 @@ def _tiled_forward(
 def _tiled_backward(softcap: float | None, saved: tuple, gradient: Array) -> tuple[Array, Array, Array, None, None]:
     query, key, value, views, window, out, normalizer = saved
     size = min(BLOCK, query.shape[3])
-    tiles = _seen_tiles(views, window, size)
+    tiles = seen_tiles(views, window, size)
     tile_scores = partial(_scores, softcap, window, size)
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
@@ -217,38 +179,6 @@ def _tiled_backward(softcap: float | None, saved: tuple, gradient: Array) -> tup
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
-
-
-class SeenTiles(NamedTuple):
-    """The tiles of keys that each tile of queries needs.
-
-    Attributes:
-        numbers: [tiles, tiles] in each row those that are needed come first, in order.
-        counts: [tiles] how many they are.
-    """
-
-    numbers: Int[Array, "tiles tiles"]
-    counts: Int[Array, "tiles"]
-
-
-def _seen_tiles(views: Views, window: Array | None, size: int) -> SeenTiles:
-    """Which tiles any row needs: those that may hold tokens of the same segments, or of the trunks of branches."""
-    tiled = Views(*(x.reshape(len(x), -1, size) for x in views))
-    begins = tiled.begins if window is None else tiled.begins + jnp.maximum(tiled.positions - window + 1, 0)
-    lows, highs = _range(tiled.segments, tiled.segments > 0)
-    trunk_lows, trunk_highs = _range(tiled.trunks, tiled.starts > 0)
-    shared = (lows[:, :, None] <= highs[:, None]) & (highs[:, :, None] >= lows[:, None])
-    shared |= (trunk_lows[:, :, None] <= highs[:, None]) & (trunk_highs[:, :, None] >= lows[:, None])
-    order = jnp.arange(tiled.segments.shape[1])
-    within = (order + 1) * size > jnp.min(begins, axis=2)[:, :, None]
-    needed = (jnp.any(shared & within, axis=0) & (order < order[:, None])) | (order == order[:, None])
-    return SeenTiles(jnp.argsort(~needed, axis=1, stable=True), jnp.sum(needed, axis=1))
-
-
-def _range(values: Int[Array, "B tiles size"], mask: Array) -> tuple[Int[Array, "B tiles"], Int[Array, "B tiles"]]:
-    """Least and greatest value of each tile where the mask is True; an empty range where it never is."""
-    limit = jnp.iinfo(values.dtype).max
-    return jnp.min(jnp.where(mask, values, limit), axis=2), jnp.max(jnp.where(mask, values, -limit), axis=2)
 
 
 def _scores(
@@ -303,15 +233,23 @@ def _splash(softcap: float | None, query: Array, key: Array, value: Array, views
     return splash(softcap, query, key, value, views.segments, residuals=RESIDUALS)
 
 
-KERNELS: dict[str, Callable[..., Any]] = {"xla": _tiled, "splash": _splash}
+def _flash(softcap: float | None, query: Array, key: Array, value: Array, views: Views, window: Array | None) -> Array:
+    return flash(softcap, query, key, value, views, window, residuals=RESIDUALS)
+
+
+KERNELS: dict[str, Callable[..., Any]] = {"xla": _tiled, "splash": _splash, "flash": _flash}
+PLATFORMS = {"splash": "tpu", "flash": "cuda"}  # of kernels that are for one
 ATTENTION = ("auto", *KERNELS)
 
 
-def _chosen(name: str, length: int, *, plain: bool) -> str:
-    """The kernel for rows of so many tokens; `plain` where a query sees all that is before it in its segment."""
-    on = platform()
+def _chosen(name: str, query: Array, *, plain: bool) -> str:
+    """The kernel for these queries [B, T, H, d]; `plain` where each sees all that is before it in its segment."""
+    on, length, is_short = platform(), query.shape[1], query.dtype.itemsize == 2
     if one_of("attn_implementation", name, ATTENTION) == "auto":
-        return "splash" if on == "tpu" and plain and length >= LEAST_LENGTH else "xla"
-    if name == "splash" and on != "tpu":
-        raise ConfigError(f"attn_implementation splash is for TPUs, and this is a {on}; leave it out")
-    return name if plain else "xla"
+        is_long = length >= LEAST_LENGTH
+        name = "splash" if on == "tpu" and is_long else "flash" if on == "cuda" and is_short else "xla"
+    if name != "xla" and on != PLATFORMS[name]:
+        raise ConfigError(f"attn_implementation {name} is for {PLATFORMS[name]}, and this is a {on}; leave it out")
+    if (name == "splash" and not plain) or (name == "flash" and length < BLOCK):
+        return "xla"
+    return name

@@ -6,10 +6,12 @@ kernel, however they are packed, and all have the same work to do.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from jaxpost.sharding import constrain, mesh_axes
@@ -35,6 +37,22 @@ def to_heads(
         return constrain(constrain(x, "tokens", "heads", None), "batch", "attended", None)
 
     return moved(query), moved(key, times), moved(value, times)
+
+
+def by_heads(run: Callable[..., Array], query: Array, key: Array, value: Array, *rows: Array) -> Array:
+    """`run` on every device for its own rows and heads; what the mesh does not divide is computed by all.
+
+    Args:
+        run: attends.
+        query, key, value: [B, K, ...].
+        rows: [B, ...] what it needs of the rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return run(query, key, value, *rows)
+    by_row, heads = mesh_axes("batch", len(query), mesh), mesh_axes("attended", query.shape[1], mesh)
+    specs = (*[P(by_row, heads)] * 3, *[P(by_row)] * len(rows))
+    return jax.shard_map(run, in_specs=specs, out_specs=P(by_row, heads), check_vma=False)(query, key, value, *rows)
 
 
 def to_tokens(attended: Float[Array, "rows H d"]) -> Float[Array, "rows H d"]:

@@ -4,10 +4,9 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from jaxpost.sharding import mesh_axes
+from jaxpost.models.context import by_heads
 
 LEAST_LENGTH = 1024  # tokens of a row; below, what a tile costs to start is not worth it
 TILES = (512, 256, 128)  # queries, and keys, of a tile: the largest that divides the row is taken
@@ -25,8 +24,7 @@ def splash(
 ) -> Float[Array, "B K G T d"]:
     """Causal attention within segments that each stand in one piece; the scale is in the queries already.
 
-    Every device attends for its own rows and heads. A row count or a number of key heads that the mesh does not divide
-    is computed by all.
+    Every device attends for its own rows and heads.
 
     Args:
         softcap: as of `attention`.
@@ -46,12 +44,7 @@ def splash(
 
         return jax.vmap(row)(query, key, value, segments).astype(query.dtype)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return run(query, key, value, segments)
-    rows, heads = mesh_axes("batch", len(query), mesh), mesh_axes("attended", query.shape[1], mesh)
-    specs = P(rows, heads), P(rows, heads), P(rows, heads), P(rows)
-    return jax.shard_map(run, in_specs=specs, out_specs=P(rows, heads), check_vma=False)(query, key, value, segments)
+    return by_heads(run, query, key, value, segments)
 
 
 def _kernel(groups: int, length: int, softcap: float | None, residuals: str, interpret: bool) -> Any:

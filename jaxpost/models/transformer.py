@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxpost.models.at_hand import at_hand
-from jaxpost.models.attention import Places, attend_cache, attention
+from jaxpost.models.attention import attend_cache, attention
 from jaxpost.models.config import Compute, ModelConfig
 from jaxpost.models.context import to_heads, to_tokens
 from jaxpost.models.layers import MLP, Embed, Head, Linear, RMSNorm
@@ -23,6 +23,7 @@ from jaxpost.models.lora import Adapters
 from jaxpost.models.moe import MoE, Routing, balance_loss, balance_terms
 from jaxpost.models.remat import named_input, rematerialised
 from jaxpost.models.rotary import apply_rotary, rotary_angles, text_lengths
+from jaxpost.models.views import Places
 from jaxpost.sharding import constrain
 
 HEADS = ("lm", "reward")

@@ -6,12 +6,13 @@ from functools import lru_cache
 
 import numpy as np
 
+from jaxpost.models.flash import TILE
 from jaxpost.models.splash import tile
 from jaxpost.planning.hlo_text import ArrayType, Computation, Instruction
 
 _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call")
 # Products of tokens with tokens that attention kernels compute for each head; the backward passes compute scores again.
-_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+_ATTENTION_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _CUDNN_PRODUCTS = {"forward": 2, "backward": 5}
 
 
@@ -79,11 +80,12 @@ def _custom_call(computation: Computation, it: Instruction) -> float | None:
         products = _CUDNN_PRODUCTS["backward" if "Backward" in target else "forward"]
         scores = it.numbers(r'"intermediate_tensor_shape":\{[^}]*?"dimensions":\[([^\]]*)\]')
         return 2.0 * products * math.prod(scores) * computation.type_of(it.operands[0]).dims[-1]
-    if phase := it.attribute(r"splash_m[hq]a_(fwd|dq|dkv)"):
+    if kernel := re.search(r"(splash_m[hq]a|flash)_(fwd|dq|dkv)", it.attributes):
         query, key, *_ = filter(_is_float, computation.types(it))
-        tiles = max(1, key.dims[-2] // tile(key.dims[-2]))
+        length = key.dims[-2]
+        tiles = max(1, length // (TILE if kernel[1] == "flash" else tile(length)))
         share = (tiles + 1) / (2 * tiles)  # those above the diagonal are skipped
-        return share * 2.0 * _SPLASH_PRODUCTS[phase] * math.prod(query.dims) * key.dims[-2]
+        return share * 2.0 * _ATTENTION_PRODUCTS[kernel[2]] * math.prod(query.dims) * length
     # Kernels that only give integers prepare others.
     return None if target in _KERNELS and any(_is_float(array) for array in it.results) else 0.0
 

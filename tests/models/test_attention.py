@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxpost.errors import ConfigError
-from jaxpost.models.attention import BLOCK, Places, attend_cache, attention
+from jaxpost.models.attention import BLOCK, attend_cache, attention
+from jaxpost.models.views import Places
 
 LENGTHS = [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 44]
 

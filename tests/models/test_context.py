@@ -10,10 +10,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpost.models.attention import Places, attention
+from jaxpost.models.attention import attention
 from jaxpost.models.config import Compute
 from jaxpost.models.context import to_heads, to_tokens
 from jaxpost.models.hf import place
+from jaxpost.models.views import Places
 from jaxpost.rl.generate import generate
 from jaxpost.rl.sampling import Sampling
 from jaxpost.rl.slots import Programs

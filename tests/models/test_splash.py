@@ -40,7 +40,8 @@ def test_equals_scores_written_out(softcap, mesh):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_it_is_for_tpus():
+@pytest.mark.parametrize(("kernel", "platform"), [("splash", "tpu"), ("flash", "cuda")])
+def test_kernels_of_other_platforms_are_named(kernel, platform):
     arrays, places = inputs(8, 1)
-    with pytest.raises(ConfigError, match="splash is for TPUs, and this is a cpu"):
-        attention(*arrays, places, scale=1.0, kernel="splash")
+    with pytest.raises(ConfigError, match=f"{kernel} is for {platform}, and this is a cpu"):
+        attention(*arrays, places, scale=1.0, kernel=kernel)

@@ -7,7 +7,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpost.models.attention import Places, attention
+from jaxpost.models.attention import attention
+from jaxpost.models.views import Places
 from jaxpost.planning.hlo import Collective, program_cost, shapes
 
 L, B, D = 4, 64, 32
@@ -230,6 +231,14 @@ frontend_attributes={kernel_metadata={
 }}, metadata={op_name="jit(f)/splash_mha_dq_no_residuals/pallas_call"}"""
 
 
+FLASH = """\
+  %q = bf16[1,8,4,256,64]{4,3,2,1,0} parameter(0)
+  %k = bf16[1,8,256,64]{3,2,1,0} parameter(1)
+  %l = s32[1,4,5]{2,1,0} parameter(2)
+  ROOT %o = (bf16[1,8,4,256,64]{4,3,2,1,0}, f32[1,8,4,256]{3,2,1,0}) custom-call(%q, %k, %k, %l), \
+custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/shard_map/flash_fwd/pallas_call"}"""
+
+
 @pytest.mark.parametrize(
     "entry, flops",
     [
@@ -241,6 +250,7 @@ frontend_attributes={kernel_metadata={
         (CUDNN, 2 * 2 * (2 * 4 * 128 * 128) * 64),
         (ESTIMATE, 4096),
         (SPLASH, 3 * 2 * 8 * 256 * 256 * 64),
+        (FLASH, 5 / 8 * 2 * 2 * 32 * 256 * 256 * 64),  # ten of sixteen tiles
     ],
 )
 def test_products_and_kernels(entry, flops):

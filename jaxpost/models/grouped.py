@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from jaxpost.models import grouped_triton
 from jaxpost.platform import platform
 
 TILE = 512  # rows, inputs and outputs of a tile of the TPU kernel, but for arrays that have fewer
@@ -22,7 +23,10 @@ def grouped_product(
         kernels: a matrix a group.
         sizes: rows of each group.
     """
-    return _product(False, rows, kernels, sizes) if platform() == "tpu" else lax.ragged_dot(rows, kernels, sizes)
+    on = platform()
+    if on == "cuda" and grouped_triton.fits(kernels):
+        return grouped_triton.product(rows, kernels, sizes)
+    return _product(False, rows, kernels, sizes) if on == "tpu" else lax.ragged_dot(rows, kernels, sizes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -86,6 +86,9 @@ def _custom_call(computation: Computation, it: Instruction) -> float | None:
         tiles = max(1, length // (TILE if kernel[1] == "flash" else tile(length)))
         share = (tiles + 1) / (2 * tiles)  # those above the diagonal are skipped
         return share * 2.0 * _ATTENTION_PRODUCTS[kernel[2]] * math.prod(query.dims) * length
+    if grouped := it.attribute("grouped_(rows|kernels)"):
+        rows, other = filter(_is_float, computation.types(it))
+        return 2.0 * math.prod(rows.dims) * (other if grouped == "kernels" else it.results[0]).dims[-1]
     # Kernels that only give integers prepare others.
     return None if target in _KERNELS and any(_is_float(array) for array in it.results) else 0.0
 

@@ -239,6 +239,14 @@ FLASH = """\
 custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/shard_map/flash_fwd/pallas_call"}"""
 
 
+GROUPED = """\
+  %n = s32[12,3]{1,0} parameter(0)
+  %x = bf16[256,64]{1,0} parameter(1)
+  %w = bf16[8,64,32]{2,1,0} parameter(2)
+  ROOT %o = bf16[256,32]{1,0} custom-call(%n, %x, %w), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(f)/grouped_rows/pallas_call"}"""
+
+
 @pytest.mark.parametrize(
     "entry, flops",
     [
@@ -250,6 +258,7 @@ custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/shard_map/f
         (CUDNN, 2 * 2 * (2 * 4 * 128 * 128) * 64),
         (ESTIMATE, 4096),
         (SPLASH, 3 * 2 * 8 * 256 * 256 * 64),
+        (GROUPED, 2 * 256 * 64 * 32),
         (FLASH, 5 / 8 * 2 * 2 * 32 * 256 * 256 * 64),  # ten of sixteen tiles
     ],
 )

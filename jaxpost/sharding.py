@@ -236,10 +236,10 @@ def _logical_axes(path: str) -> tuple[str | None, ...] | None:
     return next((axes for suffix, axes in PARAMETERS.items() if path.endswith(suffix)), None)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
     """A tree of NamedShardings like `tree` (arrays or ShapeDtypeStructs: parameters, optimizer or train state)."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, parameter_spec(path_of(path), leaf.shape, mesh)), tree
+        lambda path, leaf: NamedSharding(mesh, parameter_spec(path_of(path), leaf.shape, mesh, gathered=gathered)), tree
     )
 
 

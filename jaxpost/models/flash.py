@@ -21,7 +21,6 @@ from jaxpost.models.views import Views, needed_tiles
 TILE = 64  # queries, and keys, of a tile
 NEGATIVE = -1e30
 OF_KEYS = ("key", "value")  # arrays that have no dimension of queries' heads
-NAMES = ("flash_fwd", "flash_dq", "flash_dkv")  # of the kernels, as a profile shows them
 
 
 def flash(
@@ -74,7 +73,7 @@ def _forward(
     softcap, residuals, interpret = options
     told, lists = _told(views, window), _lists(needed_tiles(views, window, TILE))
     statistic = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
-    call = _call(partial(_forward_kernel, softcap), NAMES[0], query.shape, "queries", interpret)
+    call = _call(partial(_forward_kernel, softcap), "flash_fwd", query.shape, interpret, per_head=True)
     out, mass = call({"query": query, "key": key, "value": value}, told, lists, {"out": query, "mass": statistic})
     out, mass = checkpoint_name(out, residuals), checkpoint_name(mass, residuals)
     return out, (query, key, value, views, window, out, mass)
@@ -87,8 +86,8 @@ def _backward(options: tuple[float | None, str, bool], saved: tuple, gradient: A
     told = _told(views, window)
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     given = {"query": query, "key": key, "value": value, "gradient": gradient, "mass": mass, "delta": delta}
-    of_queries = _call(partial(_query_kernel, softcap), NAMES[1], query.shape, "queries", interpret)
-    of_keys = _call(partial(_key_kernel, softcap), NAMES[2], query.shape, "keys", interpret)
+    of_queries = _call(partial(_query_kernel, softcap), "flash_dq", query.shape, interpret, per_head=True)
+    of_keys = _call(partial(_key_kernel, softcap), "flash_dkv", query.shape, interpret, per_head=False)
     (of_query,) = of_queries(given, told, _lists(needed), {"query": query})
     of_key, of_value = of_keys(given, told, _lists(needed.swapaxes(1, 2)), {"key": key, "value": value})
     return of_query, of_key, of_value, None, None
@@ -109,8 +108,8 @@ def _lists(needed: Bool[Array, "B tiles others"]) -> Int[Array, "B tiles counted
     return jnp.concatenate([counts, jnp.argsort(~needed, axis=2, stable=True)], axis=2).astype(jnp.int32)
 
 
-def _call(kernel: Callable[..., None], name: str, shape: tuple[int, ...], by: str, interpret: bool) -> Any:
-    """A kernel whose programs each work at a tile of the `queries` of a head, or of `keys`.
+def _call(kernel: Callable[..., None], name: str, shape: tuple[int, ...], interpret: bool, *, per_head: bool) -> Any:
+    """A kernel whose programs each work at a tile of the queries of a head, or of keys if it is not `per_head`.
 
     Its arrays are [B, K, T, ...] those that OF_KEYS names, [B, K, G, T, ...] the others.
     """
@@ -118,7 +117,6 @@ def _call(kernel: Callable[..., None], name: str, shape: tuple[int, ...], by: st
     from jax.experimental.pallas import triton as library
 
     batch, kv_heads, groups, length, dim = shape
-    per_head = by == "queries"
     grid = (length // TILE, kv_heads * groups if per_head else kv_heads, batch)
 
     def block(name: str, array: Any, *, tiled: bool) -> Any:

@@ -26,16 +26,16 @@ def grouped_product(
     on = platform()
     if on == "cuda" and grouped_triton.fits(kernels):
         return grouped_triton.product(rows, kernels, sizes)
-    return _product(False, rows, kernels, sizes) if on == "tpu" else lax.ragged_dot(rows, kernels, sizes)
+    return _product(rows, kernels, sizes) if on == "tpu" else lax.ragged_dot(rows, kernels, sizes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(interpret: bool, rows: Array, kernels: Array, sizes: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(rows: Array, kernels: Array, sizes: Array, interpret: bool = False) -> Array:
     """XLA for TPU has a kernel for this, but its gradient of each matrix multiplies all rows, most of them masked."""
     return lax.ragged_dot(rows, kernels, sizes)
 
 
-def _forward(interpret: bool, rows: Array, kernels: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+def _forward(rows: Array, kernels: Array, sizes: Array, interpret: bool) -> tuple[Array, tuple[Array, Array, Array]]:
     return lax.ragged_dot(rows, kernels, sizes), (rows, kernels, sizes)
 
 

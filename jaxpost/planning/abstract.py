@@ -16,9 +16,9 @@ from jaxpost.models.lora_config import LoraConfig
 from jaxpost.models.quant import quantize
 from jaxpost.models.transformer import Decoder
 from jaxpost.rl.slots import layout
-from jaxpost.sharding import HOST, layout_spec, parameter_spec, path_of, rows_sharding
+from jaxpost.sharding import HOST, layout_spec, rows_sharding, shardings
 from jaxpost.train.reference import Reference
-from jaxpost.train.state import on_mesh
+from jaxpost.train.state import on_mesh, placed
 
 
 def rows_on_mesh(batch: Any, mesh: Mesh) -> Any:
@@ -81,22 +81,13 @@ def abstract_reference(
 
 def at_hand_on_mesh(weights: Any, mesh: Mesh) -> Any:
     """Abstract weights of a generation with their places."""
-
-    def placed(path: Any, leaf: Any) -> Any:
-        spec = parameter_spec(path_of(path), leaf.shape, mesh, gathered=True)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree_util.tree_map_with_path(placed, weights)
+    return placed(weights, shardings(weights, mesh, gathered=True))
 
 
 def slots_on_mesh(slots: Any, mesh: Mesh) -> Any:
     """Abstract slots with their places."""
-
-    def placed(leaf: Any) -> Any:
-        sharding = NamedSharding(mesh, layout_spec(layout(leaf), leaf.shape, mesh))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(placed, slots)
+    places = jax.tree.map(lambda leaf: NamedSharding(mesh, layout_spec(layout(leaf), leaf.shape, mesh)), slots)
+    return placed(slots, places)
 
 
 def bytes_per_device(tree: Any) -> int:

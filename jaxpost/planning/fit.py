@@ -17,9 +17,8 @@ def candidates(args: Any, config: ModelConfig, num_devices: int) -> Iterator[lis
     The batch of an optimizer step stays what the flags say: rows of a device are taken from the accumulated ones, and
     the other way round, and where devices share rows each group of them has more. A mesh that was given stays.
     """
-    meshes = {args.mesh: 1} if args.mesh else {}
-    for size in [] if args.mesh else _tensor(config, num_devices):
-        meshes[f"fsdp={num_devices // size},tensor={size}"] = size
+    sizes = _tensor(config, num_devices)
+    meshes = {args.mesh: 1} if args.mesh else {f"fsdp={num_devices // size},tensor={size}": size for size in sizes}
     for mesh, sharing in meshes.items():
         for rows, accumulation in _splits(args, sharing):
             common = {"mesh": mesh, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}

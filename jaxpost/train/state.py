@@ -89,17 +89,18 @@ def abstract_state(
     """As `create_state`, of a model without its numbers: shapes, dtypes and places."""
     graphdef, params, frozen = _parted(model, trainable)
     opt_state = jax.eval_shape(optimizer.init, params)
-    opt_state = _abstract(opt_state, _optimizer_layout(opt_state, mesh, offload_optimizer))
+    opt_state = placed(opt_state, _optimizer_layout(opt_state, mesh, offload_optimizer))
     numbers = on_mesh(jax.eval_shape(lambda: _numbers(remembers)), mesh)
     return graphdef, TrainState(numbers.pop("step"), params, frozen, opt_state, memory=numbers)
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
     """Abstract parameters, or what is laid out like them, with their places."""
-    return _abstract(tree, shardings(tree, mesh))
+    return placed(tree, shardings(tree, mesh))
 
 
-def _abstract(tree: Any, layout: Any) -> Any:
+def placed(tree: Any, layout: Any) -> Any:
+    """Abstract arrays with these shardings."""
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, layout)
 
 

@@ -11,7 +11,9 @@ from jaxpost.models import grouped_triton
 from jaxpost.models.grouped import _product
 
 
-@pytest.mark.parametrize("product", [partial(_product, True), partial(grouped_triton.product, interpret=True)])
+@pytest.mark.parametrize(
+    "product", [partial(_product, interpret=True), partial(grouped_triton.product, interpret=True)]
+)
 @pytest.mark.parametrize(
     ("sizes", "in_dim", "out_dim"),
     [([300, 0, 212, 88], 128, 256), ([5, 3, 0], 64, 16), ([512, 512], 1024, 640), ([0, 40], 640, 128)],

@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 # A device that waits in several collectives at once takes a thread for each, and eight of them can wait for ever: in
 # program order there is one at a time, and with NPROC there are threads to spare.
 os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling tiny programs takes longer than running them
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax

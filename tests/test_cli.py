@@ -69,7 +69,7 @@ BAD_FLAGS = {
     "--dtype float31": "dtype is 'float31'",
     "--mesh fsdp=3": "needs 3 devices",
     "--per_device_train_batch_size 0": "per_device_train_batch_size is 0",
-    "--attn_implementation flash": "attn_implementation is 'flash'",
+    "--attn_implementation flesh": "attn_implementation is 'flesh'",
     "--config nowhere.yaml": "nowhere.yaml: No such file",
     "--resume_from_checkpoint true": "holds no checkpoint",
     "--model_name_or_path ./nowhere": "neither a local folder nor",

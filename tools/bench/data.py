@@ -18,7 +18,6 @@ import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from load import Peaks, status
+from measure import said
 
 WARM = 64  # rows of the call that is not counted: imports, compiling the template
 VOCABULARY_OF = 64  # the vocabulary of a tiny model is rounded up to a multiple of this
@@ -188,9 +188,7 @@ def measure_share(args: argparse.Namespace) -> dict[str, float]:
 
 def run(args: argparse.Namespace, only: str, rows_file: Path, *flags: str) -> dict[str, float]:
     """Measure one thing in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", only, "--rows_file", str(rows_file), *flags]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return said([__file__, *sys.argv[1:], "--only", only, "--rows_file", str(rows_file), *flags])
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, float]]]:

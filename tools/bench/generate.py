@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import CALLS, in_turn, rate
 from train import as_folder
 
 ROWS = 64  # of the matrix that is multiplied with kernels while decoding
 PROMPT_ROWS = 1024  # while reading prompts
 COPIED = 2**27  # numbers
-TRIES, CALLS = 5, 4  # the best of so many, each of so many calls
 Shapes = Counter[tuple[int, int]]  # how often a kernel [in, out] is there
 
 
@@ -204,17 +203,6 @@ def twice(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
     return {"first_seconds": first, "seconds": second}, given
 
 
-def rate(amount: float, run: Callable[[], Any]) -> float:
-    """Of the best of a few tries, a second; `amount` is that of a call."""
-    run()
-    times = []
-    for _ in range(TRIES):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return CALLS * amount / min(times)
-
-
 def speeds(
     shapes: Shapes, last: tuple[int, int], product: Callable[[int, tuple[int, int]], Callable[[], Any]]
 ) -> dict[str, float]:
@@ -309,15 +297,13 @@ def main() -> None:
         requests, file = make_requests(args), Path(where) / "requests.json"
         tokens = args.num_return_sequences * sum(requests["limits"])
         file.write_text(json.dumps(requests))
-        for _ in range(args.rounds):
-            for name, runs in results.items():
-                shared = ["--model", model, "--requests", str(file), "--only", name]
-                command = [sys.executable, __file__, *sys.argv[1:], *shared]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
-                first, seconds = runs[-1]["first_seconds"], runs[-1]["seconds"]
-                said = f"{tokens / seconds:7.1f} tokens/s {seconds:7.2f} s, and {first - seconds:.1f} s the first time"
-                print(f"{name:12} {said}", flush=True)
+        shared = [*sys.argv[1:], "--model", model, "--requests", str(file)]
+        sides = {name: [__file__, *shared, "--only", name] for name in results}
+        for name, run in in_turn(sides, args.rounds):
+            results[name].append(run)
+            first, seconds = run["first_seconds"], run["seconds"]
+            said = f"{tokens / seconds:7.1f} tokens/s {seconds:7.2f} s, and {first - seconds:.1f} s the first time"
+            print(f"{name:12} {said}", flush=True)
     told = report(args, requests, results)
     Path(args.output).write_text(json.dumps({"flags": vars(args), "runs": results} | told, indent=2))
 

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,6 +26,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  gives numpy its bfloat16
 import numpy as np
+from measure import said
 
 CHUNK = 2**23
 SHARD = 10**9
@@ -233,9 +233,7 @@ def main() -> None:
             make_checkpoint(folder, llama(args.gigabytes, args.dtype, args.vocab_size))
         rounds = []
         for _ in range(args.rounds):
-            command = [sys.executable, __file__, *sys.argv[1:], "--round", str(folder)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rounds.append(json.loads(done.stdout.splitlines()[-1]))
+            rounds.append(said([__file__, *sys.argv[1:], "--round", str(folder)]))
             show(rounds[-1])
     print(f"median of {len(rounds)} rounds, a model of {rounds[0]['model_gb']:.2f} GB")
     show(median(rounds))

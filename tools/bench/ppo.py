@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from measure import in_turn
 from train import as_folder
 
 TRL = "trl==1.10.0"
@@ -165,12 +166,11 @@ def main() -> None:
         subprocess.run([*pip, "--target", f"{where}/trl", TRL], check=True)
         older = {"PYTHONPATH": os.pathsep.join([f"{where}/trl", str(Path(__file__).parents[2])])}
         environment = {**os.environ, **older, "TRL_EXPERIMENTAL_SILENCE": "1"}
-        for _ in range(args.rounds):
-            for name, runs in results.items():
-                command = [sys.executable, __file__, *sys.argv[1:], "--model", model, "--judge", judge, "--only", name]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"{name:8} " + " ".join(f"{seconds:.1f}" for seconds in runs[-1]) + " s a generation", flush=True)
+        shared = [__file__, *sys.argv[1:], "--model", model, "--judge", judge]
+        sides = {name: [*shared, "--only", name] for name in results}
+        for name, run in in_turn(sides, args.rounds, env=environment):
+            results[name].append(run)
+            print(f"{name:8} " + " ".join(f"{seconds:.1f}" for seconds in run) + " s a generation", flush=True)
     medians = {name: statistics.median(x for run in runs for x in run[1:]) for name, runs in results.items()}
     print("median   " + ", ".join(f"{name} {median:.1f}" for name, median in medians.items()) + " s")
     print(f"jaxpost is {medians['trl'] / medians['jaxpost']:.2f}x trl")

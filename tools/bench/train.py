@@ -21,12 +21,13 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from measure import in_turn
 
 WARM = 2  # steps that are not counted: compilation, allocator
 GROUP = 8  # completions of a prompt
@@ -226,13 +227,13 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {"jaxpost": [], "trl": []} | ({"full": []} if args.lora else {})
     with tempfile.TemporaryDirectory() as where:
         model = as_folder(args.model, Path(where))
-        for _ in range(args.rounds):
-            for name, runs in results.items():
-                library = ["--only", "jaxpost", "--lora", "0"] if name == "full" else ["--only", name]
-                command = [sys.executable, __file__, *sys.argv[1:], "--model", model, *library]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
-                print(line(name, runs[-1]), flush=True)
+        shared = [__file__, *sys.argv[1:], "--model", model]
+        sides = {name: [*shared, "--only", name] for name in results}
+        if args.lora:
+            sides["full"] = [*shared, "--only", "jaxpost", "--lora", "0"]
+        for name, run in in_turn(sides, args.rounds):
+            results[name].append(run)
+            print(line(name, run), flush=True)
     medians = {name: statistics.median(run["rows_per_second"] for run in runs) for name, runs in results.items()}
     print("median   " + ", ".join(f"{name} {median:.3f}" for name, median in medians.items()) + " rows/s")
     for name in [name for name in medians if name != "jaxpost"]:

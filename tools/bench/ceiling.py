@@ -1,0 +1,108 @@
+"""What this machine can do at best: matrix products and copies, by XLA and by torch, alternating.
+
+    python tools/bench/ceiling.py [--rows 64 1024 2048] [--rounds 3] [--dtypes float32 bfloat16]
+
+The products are those of SmolLM2-135M's layers (or --kernel IN OUT), one after the other: GFLOP/s of all of them
+together. A copy reads and writes half a gigabyte: GB/s of both. Each side runs in a process of its own; the best of
+all rounds counts, since whatever else the machine does only takes away. Without torch XLA's side alone.
+"""
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from measure import CALLS, in_turn, rate
+
+KERNELS = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+COPIED = 2**26  # numbers of 4 bytes
+
+
+def run_xla(args: argparse.Namespace) -> dict[str, float]:
+    import jax
+    import jax.numpy as jnp
+
+    multiply, negate = jax.jit(jnp.matmul), jax.jit(jnp.negative, donate_argnums=0)
+    numbers = jnp.ones(COPIED)
+
+    def product(rows: int, dtype: str) -> Callable[[], Any]:
+        pairs = [(jnp.ones((rows, m), dtype), jnp.ones((m, n), dtype)) for m, n in kernels(args)]
+        return lambda: jax.block_until_ready([multiply(*pair) for _ in range(CALLS) for pair in pairs])
+
+    def copy() -> None:
+        nonlocal numbers
+        for _ in range(CALLS):
+            numbers = negate(numbers)
+        numbers.block_until_ready()
+
+    return speeds(args, product, rate(2 * numbers.nbytes, copy))
+
+
+def run_torch(args: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    numbers = torch.ones(COPIED, device=device)
+    other = torch.empty_like(numbers)
+
+    def product(rows: int, dtype: str) -> Callable[[], Any]:
+        made = {"dtype": getattr(torch, dtype), "device": device}
+        pairs = [(torch.ones(rows, m, **made), torch.ones(n, m, **made)) for m, n in kernels(args)]
+        linear = torch.nn.functional.linear
+        return lambda: ([linear(*pair) for _ in range(CALLS) for pair in pairs], wait())
+
+    copied = rate(2 * numbers.nbytes, lambda: ([other.copy_(numbers) for _ in range(CALLS)], wait()))
+    return speeds(args, product, copied)
+
+
+def kernels(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """[in, out] of the matrices that rows are multiplied with."""
+    return [tuple(args.kernel)] if args.kernel else KERNELS
+
+
+def speeds(
+    args: argparse.Namespace, product: Callable[[int, str], Callable[[], Any]], copied: float
+) -> dict[str, float]:
+    """By what is measured: GFLOP/s of products, GB/s of a copy."""
+    found = {"copy, GB/s": copied / 1e9}
+    for dtype in args.dtypes:
+        for rows in args.rows:
+            flops = sum(2 * rows * m * n for m, n in kernels(args))
+            found[f"{dtype} at {rows} rows, GFLOP/s"] = rate(flops, product(rows, dtype)) / 1e9
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 1024, 2048])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--kernel", type=int, nargs=2, metavar=("IN", "OUT"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--only", choices=["xla", "torch"], help=argparse.SUPPRESS)
+    parser.add_argument("--output", help="write the figures to this .json")
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps({"xla": run_xla, "torch": run_torch}[args.only](args)))
+        return
+    names = ["xla"] + ["torch"] * (importlib.util.find_spec("torch") is not None)
+    flags = [word for name in ("rows", "dtypes") for word in (f"--{name}", *map(str, getattr(args, name)))]
+    flags += ["--threads", str(args.threads)]
+    flags += ["--kernel", *map(str, args.kernel)] if args.kernel else []
+    sides = {name: [__file__, *flags, "--only", name] for name in names}
+    best: dict[str, dict[str, float]] = {name: {} for name in names}
+    for name, found in in_turn(sides, args.rounds):
+        best[name] = {what: max(figure, best[name].get(what, 0.0)) for what, figure in found.items()}
+    print(" " * 34 + "".join(f"{name:>10}" for name in names))
+    for what in best["xla"]:
+        print(f"{what:34}" + "".join(f"{best[name][what]:10.1f}" for name in names))
+    if args.output:
+        Path(args.output).write_text(json.dumps({"best": best}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,6 @@ samples itself, and completions/s are compared: they are as long as the model ma
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import said
+from measure import compared, said, store
 from train import as_folder
 
 WARM = 2  # steps that are not counted
@@ -212,11 +211,17 @@ def compare(args: argparse.Namespace) -> None:
                 run = said([*command, name], python, env=environment)
                 runs[name].append(run)
                 print(f"{name:8} {amount / run['seconds']:7.2f} {what}/s, {run}", flush=True)
-    medians = {name: statistics.median(amount / run["seconds"] for run in each) for name, each in runs.items()}
-    print("median   " + ", ".join(f"{name} {median:.2f}" for name, median in medians.items()) + f" {what}/s")
-    print(f"jaxpost is {medians['jaxpost'] / medians['tunix']:.2f}x tunix")
-    if args.output:
-        Path(args.output).write_text(json.dumps({"flags": vars(args), "runs": runs, "medians": medians}, indent=2))
+    speeds = {name: [amount / run["seconds"] for run in each] for name, each in runs.items()}
+    store(args.output, title(args), compared(speeds, f"{what}/s"), {"runs": runs})
+
+
+def title(args: argparse.Namespace) -> str:
+    """What is measured, of which model and rows."""
+    model = Path(args.model).stem
+    if args.method == "grpo":
+        return f"GRPO of {model}, {args.batch_size} completions a step, at most {args.max_completion_length} tokens"
+    rows = f"rows of {args.dense} tokens" if args.dense else f"rows of {Path(args.dataset).name}"
+    return f"SFT of {model}, batch {args.batch_size}, {rows}"
 
 
 def main() -> None:

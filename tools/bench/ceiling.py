@@ -11,10 +11,9 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from measure import CALLS, in_turn, rate
+from measure import CALLS, in_turn, rate, store
 
 KERNELS = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 COPIED = 2**26  # numbers of 4 bytes
@@ -100,8 +99,10 @@ def main() -> None:
     print(" " * 34 + "".join(f"{name:>10}" for name in names))
     for what in best["xla"]:
         print(f"{what:34}" + "".join(f"{best[name][what]:10.1f}" for name in names))
-    if args.output:
-        Path(args.output).write_text(json.dumps({"best": best}, indent=2))
+    figure = "; ".join(
+        f"{what} " + ", ".join(f"{name} {best[name][what]:.0f}" for name in names) for what in best["xla"]
+    )
+    store(args.output, "Matrix products of SmolLM2-135M's layers, and a copy", figure, {"best": best})
 
 
 if __name__ == "__main__":

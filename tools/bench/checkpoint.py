@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from measure import store
+
 from jaxpost import SFTConfig, SFTTrainer
 from jaxpost.cli import parse
 from jaxpost.train.logging import RunLog
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--save_steps", type=int, default=50)
     parser.add_argument("--folder", help="where the run writes; by default the system's folder for temporary files")
+    parser.add_argument("--output", help="write the figures to this .json")
     args = parser.parse_args()
     costs, steps = [], []
     for number in range(args.rounds):
@@ -70,7 +73,9 @@ def main() -> None:
         costs.append(with_one - without)
         print(f"round {number + 1}: a step {steps[-1]:.3f} s, a checkpoint {costs[-1]:.2f} s", flush=True)
     cost, step = statistics.median(costs), statistics.median(steps)
-    print(f"a checkpoint costs {cost:.2f} s, {cost / (args.save_steps * step):.2%} of {args.save_steps} steps")
+    what = f"A checkpoint of {Path(args.model).stem} with AdamW"
+    figure = f"{cost:.2f} s, {cost / (args.save_steps * step):.2%} of {args.save_steps} steps of {step:.2f} s"
+    store(args.output, what, figure, {"costs": costs, "steps": steps})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import CALLS, in_turn, rate
+from measure import CALLS, compared, in_turn, rate, store
 from train import as_folder
 
 ROWS = 64  # of the matrix that is multiplied with kernels while decoding
@@ -247,9 +247,7 @@ def report(args: argparse.Namespace, requests: dict[str, Any], results: dict[str
     """Print medians, ratios and shares of the least time; return them."""
     tokens = args.num_return_sequences * sum(requests["limits"])
     medians = {name: statistics.median(run["seconds"] for run in runs) for name, runs in results.items()}
-    print("median   " + ", ".join(f"{name} {tokens / seconds:.1f}" for name, seconds in medians.items()) + " tokens/s")
     for name in args.against:
-        print(f"jaxpost is {medians[name] / medians['jaxpost']:.2f}x {name}")
         if "digests" in results[name][0]:
             pairs = list(zip(results["jaxpost"][0]["digests"], results[name][0]["digests"], strict=True))
             print(f"the same tokens: {sum(a == b for a, b in pairs)} of {len(pairs)} completions")
@@ -283,7 +281,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--requests", help=argparse.SUPPRESS)
-    parser.add_argument("--output", default="bench.json")
+    parser.add_argument("--output", help="write the figures to this .json")
     args = parser.parse_args()
     if args.only:
         run = run_transformers if args.only == "transformers" else run_jaxpost
@@ -305,7 +303,14 @@ def main() -> None:
             said = f"{tokens / seconds:7.1f} tokens/s {seconds:7.2f} s, and {first - seconds:.1f} s the first time"
             print(f"{name:12} {said}", flush=True)
     told = report(args, requests, results)
-    Path(args.output).write_text(json.dumps({"flags": vars(args), "runs": results} | told, indent=2))
+    speeds = {name: [tokens / run["seconds"] for run in runs] for name, runs in results.items()}
+    what = (
+        f"Sampling with {Path(args.model).stem}, {len(requests['limits']) * args.num_return_sequences} completions of "
+    )
+    what += f"{args.shortest} to {args.longest} tokens, batch {args.batch_size}, float32"
+    possible = (told["least_seconds"]["decoding"] + told["least_seconds"]["reading"]) / told["medians"]["jaxpost"]
+    figure = f"{compared(speeds, 'tokens/s')}; {possible:.0%} of what the machine could do"
+    store(args.output, what, figure, {"runs": results} | told)
 
 
 if __name__ == "__main__":

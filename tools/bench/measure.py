@@ -1,10 +1,17 @@
-"""What the benches share: the best rate of a few tries, and sides that run in processes of their own, in turn."""
+"""What the benches share: rates, sides that run in processes of their own in turn, how they compare, what is kept."""
 
+import datetime
 import json
+import os
+import platform
+import shlex
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 TRIES, CALLS = 5, 4  # the best of so many, each of so many calls
@@ -41,3 +48,74 @@ def in_turn(sides: Mapping[str, Sequence[str]], rounds: int, **options: Any) -> 
     for _ in range(rounds):
         for name, command in sides.items():
             yield name, said(command, **options)
+
+
+def compared(values: Mapping[str, Sequence[float]], unit: str, *, less_is_better: bool = False) -> str:
+    """Medians with their spread, and how much better the first side is than each other one.
+
+    Args:
+        values: of each side, of its runs.
+        unit: of them.
+        less_is_better: seconds, not speeds.
+    """
+    medians = {name: statistics.median(each) for name, each in values.items()}
+
+    def told(name: str) -> str:
+        low, high = min(values[name]), max(values[name])
+        return f"{name} {medians[name]:.4g}" + (f" ({low:.4g} to {high:.4g})" if len(values[name]) > 1 else "")
+
+    first, *others = values
+    ratios = {name: medians[first] / medians[name] for name in others}
+    better = {name: 1 / ratio if less_is_better else ratio for name, ratio in ratios.items()}
+    said = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in better.items())
+    return ", ".join(map(told, values)) + f" {unit}" + (f": {said}" if said else "")
+
+
+def store(output: str | None, what: str, figure: str, found: Mapping[str, Any]) -> None:
+    """Print the figure of a bench, and write it with all that it is made of to a .json file, for `table.py`.
+
+    Args:
+        output: the file; None for none.
+        what: was measured.
+        figure: that it came to, in words.
+        found: its numbers.
+    """
+    print(f"{what}: {figure}")
+    if output is None:
+        return
+    row = {"what": what, "figure": figure, "command": command(), "machine": machine()}
+    row |= {"date": datetime.date.today().isoformat(), "versions": versions()}
+    Path(output).write_text(json.dumps(row | dict(found), indent=1) + "\n", encoding="utf-8")
+
+
+def command() -> str:
+    """That of this process, with the names of files alone and without where it writes."""
+    words = [Path(word).name if os.sep in word and Path(word).exists() else word for word in sys.argv[1:]]
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    return shlex.join(["python", f"tools/bench/{Path(sys.argv[0]).name}", *words])
+
+
+def machine() -> str:
+    """Its processor and how much of it is ours, or its accelerators."""
+    try:
+        names = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return ", ".join(subprocess.run(names, check=True, capture_output=True, text=True).stdout.splitlines())
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{os.cpu_count()} cores of {name or platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on, where they are installed here."""
+    found = {}
+    for name in ("jax", "flax", "torch", "transformers", "trl", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import in_turn
+from measure import compared, in_turn, store
 from train import as_folder
 
 TRL = "trl==1.10.0"
@@ -151,7 +150,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--only", choices=["jaxpost", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--judge", help=argparse.SUPPRESS)
-    parser.add_argument("--output", default="bench.json")
+    parser.add_argument("--output", help="write the figures to this .json")
     args = parser.parse_args()
     if args.generations < 2 or args.batch_size % args.accumulation:
         parser.error("at least 2 generations; batch_size a multiple of accumulation")
@@ -171,10 +170,9 @@ def main() -> None:
         for name, run in in_turn(sides, args.rounds, env=environment):
             results[name].append(run)
             print(f"{name:8} " + " ".join(f"{seconds:.1f}" for seconds in run) + " s a generation", flush=True)
-    medians = {name: statistics.median(x for run in runs for x in run[1:]) for name, runs in results.items()}
-    print("median   " + ", ".join(f"{name} {median:.1f}" for name, median in medians.items()) + " s")
-    print(f"jaxpost is {medians['trl'] / medians['jaxpost']:.2f}x trl")
-    Path(args.output).write_text(json.dumps({"flags": vars(args), "runs": results, "medians": medians}, indent=2))
+    seconds = {name: [x for run in runs for x in run[1:]] for name, runs in results.items()}
+    what = f"PPO of {Path(args.model).stem}, a generation of {args.batch_size} completions, {args.epochs} epochs"
+    store(args.output, what, compared(seconds, "s", less_is_better=True), {"runs": results})
 
 
 if __name__ == "__main__":

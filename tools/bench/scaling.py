@@ -11,14 +11,13 @@ split up cannot show their speed.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import store
 
 SIZES = {"width": [256, 512, 1024], "depth": [4, 8, 16], "rows": [2, 4, 8], "length": [128, 256, 512]}
 BASE = {"width": 512, "depth": 8, "rows": 4, "length": 256}
@@ -101,10 +100,11 @@ def grow(rounds: int) -> dict[str, Any]:
             timers = [timer(BASE | {name: size}, mesh) for size in sizes]
             seconds = np.min([[run() for run, _ in timers] for _ in range(rounds)], axis=0).tolist()
             over = [count for _, count in timers] if name == "width" else sizes
-            found[name] = {"sizes": sizes, "over": over, "seconds": seconds, "exponent": exponent(over, seconds)}
+            of = "parameters" if name == "width" else name
+            slope = exponent(over, seconds)
+            found[name] = {"sizes": sizes, "of": of, "over": over, "seconds": seconds, "exponent": slope}
             said = ", ".join(f"{size}: {each:.3f} s" for size, each in zip(sizes, seconds, strict=True))
-            what = "parameters" if name == "width" else name
-            print(f"{name:8} {said}; seconds ~ {what}^{found[name]['exponent']:.2f}", flush=True)
+            print(f"{name:8} {said}; seconds ~ {of}^{slope:.2f}", flush=True)
     return found
 
 
@@ -141,8 +141,16 @@ def main() -> None:
     if args.devices:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(args.devices)}"
     found = spread(args.devices) if args.devices else grow(args.rounds)
-    if args.output:
-        Path(args.output).write_text(json.dumps(found, indent=2))
+    if args.devices:
+        what, figure = (
+            "Work of one device, by how many there are",
+            "FLOPs ~ devices^{:.2f}, bytes held ~ devices^{:.2f}",
+        )
+        figure = figure.format(exponent(args.devices, found["flops"]), exponent(args.devices, found["arguments"]))
+    else:
+        what = "Growth of a training step's seconds"
+        figure = ", ".join(f"{each['of']}^{each['exponent']:.2f}" for each in found.values())
+    store(args.output, what, figure, {"found": found})
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python tools/bench/startup.py --model MODEL --dataset problems [--rounds 3] [--config configs/sft_quickstart.yaml]
 
 `first` is a run whose cache of compiled programs and store of tokenised rows are empty, `again` the same command with
-what that one left: seconds from the start of the process to the end of the first step, which is when it is logged, and
-those that the first one needed more. Every round begins with an empty cache.
+what that one left: seconds from the start of the process to the end of the first step, which is when it is logged; and
+without those that a step itself takes, which are taken to be those of the second one. Every round begins with empty
+caches.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from measure import store
+
 STEPS = 2
 
 
@@ -27,8 +30,8 @@ def seconds(command: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def first_step(args: argparse.Namespace, folder: Path, name: str) -> float:
-    """Seconds from the start of a run's process to its first logged step."""
+def first_step(args: argparse.Namespace, folder: Path, name: str) -> dict[str, float]:
+    """Seconds from the start of a run's process to its first logged step, with and without those of a step."""
     out = folder / name
     told = {
         **{"model_name_or_path": args.model, "dataset_name": args.dataset, "output_dir": str(out)},
@@ -46,7 +49,8 @@ def first_step(args: argparse.Namespace, folder: Path, name: str) -> float:
             time.sleep(0.02)
         ended = time.perf_counter() - began
         run.communicate()
-    return ended
+    step = json.loads(log.read_text().splitlines()[1])["step_time"]
+    return {name: ended, f"{name}, less the step": ended - step}
 
 
 def main() -> None:
@@ -67,16 +71,15 @@ def main() -> None:
             found = {
                 "jaxpost --help": seconds(["-m", "jaxpost", "--help"]),
                 "import jaxpost": seconds(["-c", "import jaxpost"]),
-                "first": first_step(args, Path(folder), "first"),
-                "again": first_step(args, Path(folder), "again"),
+                **first_step(args, Path(folder), "first"),
+                **first_step(args, Path(folder), "again"),
             }
         runs.append(found)
         print(", ".join(f"{what} {value:.2f} s" for what, value in found.items()), flush=True)
     medians = {what: statistics.median(run[what] for run in runs) for what in runs[0]}
-    print("median: " + ", ".join(f"{what} {value:.2f} s" for what, value in medians.items()))
-    print(f"the second run starts in {medians['again'] / medians['first']:.0%} of the time of the first")
-    if args.output:
-        Path(args.output).write_text(json.dumps({"flags": vars(args), "runs": runs, "medians": medians}, indent=2))
+    figure = ", ".join(f"{what} {value:.2f} s" for what, value in medians.items())
+    share = medians["again, less the step"] / medians["first, less the step"]
+    store(args.output, "Starting a run", f"{figure}: again in {share:.0%}", {"runs": runs, "medians": medians})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import in_turn
+from measure import compared, in_turn, store
 
 WARM = 2  # steps that are not counted: compilation, allocator
 GROUP = 8  # completions of a prompt
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--trl_bf16", action="store_true", help="TRL's default autocast instead of float32")
     parser.add_argument("--lora", type=int, default=0, help="rank of an adapter to train; 0 for the whole model")
     parser.add_argument("--only", choices=["jaxpost", "trl"], help=argparse.SUPPRESS)
-    parser.add_argument("--output", default="bench.json")
+    parser.add_argument("--output", help="write the figures to this .json")
     args = parser.parse_args()
     if args.steps <= WARM or args.batch_size % args.accumulation or (args.method == "grpo" and args.batch_size % GROUP):
         parser.error(f"more than {WARM} steps; batch_size a multiple of accumulation and, with grpo, of {GROUP}")
@@ -234,17 +234,20 @@ def main() -> None:
         for name, run in in_turn(sides, args.rounds):
             results[name].append(run)
             print(line(name, run), flush=True)
-    medians = {name: statistics.median(run["rows_per_second"] for run in runs) for name, runs in results.items()}
-    print("median   " + ", ".join(f"{name} {median:.3f}" for name, median in medians.items()) + " rows/s")
-    for name in [name for name in medians if name != "jaxpost"]:
-        print(f"jaxpost is {medians['jaxpost'] / medians[name]:.2f}x {name}")
-        if args.method == "grpo":
-            ours, theirs = (statistics.median(r["tokens_per_second"] for r in results[k]) for k in ("jaxpost", name))
-            print(f"jaxpost is {ours / theirs:.2f}x {name} by tokens of completions")
+    speeds = {name: [run["rows_per_second"] for run in runs] for name, runs in results.items()}
+    figure = compared(speeds, "completions/s" if args.method == "grpo" else "rows/s")
     if args.lora:
         part, whole = (results[name][0]["trained_megabytes"] for name in ("jaxpost", "full"))
-        print(f"trained, with gradients and moments: {part:.1f} MB of {whole:.1f} MB ({part / whole:.1%})")
-    Path(args.output).write_text(json.dumps({"flags": vars(args), "runs": results, "medians": medians}, indent=2))
+        figure += f"; trained, with gradients and moments, {part:.1f} MB of {whole:.1f} MB ({part / whole:.1%})"
+    tokens = {name: [run["tokens_per_second"] for run in runs] for name, runs in results.items()}
+    store(args.output, title(args), f"{figure}; {compared(tokens, 'tokens/s')}", {"runs": results})
+
+
+def title(args: argparse.Namespace) -> str:
+    """What is measured, of which model and rows, in which precision."""
+    what = args.method.upper() + (f" with LoRA (r {args.lora})" if args.lora else "")
+    precision = "TRL in its default autocast to bfloat16" if args.trl_bf16 else "float32"
+    return f"{what} of {Path(args.model).stem}, batch {args.batch_size}, rows of {Path(args.dataset).name}, {precision}"
 
 
 if __name__ == "__main__":

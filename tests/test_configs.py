@@ -1,40 +1,67 @@
-"""Every YAML in configs/ runs one step, on the tiny model, and says what it gave when it was run in full."""
+"""Every YAML in configs/ runs a few steps on the tiny model, compiles once, and says what it gave when run in full."""
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxpost import save_pretrained
 from jaxpost.cli import main
 from jaxpost.data import sums, word_problem_pairs, word_problems
+from jaxpost.train.logging import RunLog
 from tests.conftest import make_model, make_tokenizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
-
+STEPS, WARM = 4, 2
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 WRITERS = {"sft": word_problems.write, "grpo": sums.write, "ppo": sums.write}
 SMALL = {
-    "grpo": "--num_generations 4 --max_completion_length 12",
+    "grpo": "--num_generations 4 --max_completion_length 12 --reward_funcs {}/rewards.py:varied",
     "ppo": "--num_mini_batches 1",
 }  # others by the length of their rows
+# Completions that are all rewarded alike are not read, and other sizes are other programs.
+VARIED = "def varied(completions, **_):\n    return [float(i % 4) for i in range(len(completions))]\n"
 
 
 def method_of(path):
     return path.stem.split("_")[0]
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """step -> how many programs had been compiled when it was logged."""
+    events, counts = [], {}
+    real = RunLog.log
+
+    def log(self, step, metrics):
+        counts[step] = len(events)
+        real(self, step, metrics)
+
+    def listen(name, *_, **__):
+        if name == COMPILED:
+            events.append(name)
+
+    monkeypatch.setattr(RunLog, "log", log)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_runs_one_step(path, tiny_folder, tmp_path):
+def test_config_runs_and_compiles_nothing_after_its_first_steps(path, tiny_folder, tmp_path, compiled):
     write = WRITERS.get(method_of(path), word_problem_pairs.write_pairs)
     write(tmp_path / "data", num_rows=40, seed=0)
     given = f"--model_name_or_path {tiny_folder} --dataset_name {tmp_path / 'data'} --output_dir {tmp_path / 'out'}"
-    small = "--max_steps 1 --per_device_eval_batch_size 1 "
-    small += SMALL.get(method_of(path), "--max_length 512")
+    small = f"--max_steps {STEPS} --logging_steps 1 --eval_strategy no --save_strategy no "
+    (tmp_path / "rewards.py").write_text(VARIED)
+    small += SMALL.get(method_of(path), "--max_length 512").format(tmp_path)
     small += " --per_device_train_batch_size 1"
     if "--reward_model_path" in path.read_text():
         save_pretrained(make_model(head="reward"), make_tokenizer(), tmp_path / "judge")
         small += f" --reward_model_path {tmp_path / 'judge'}"
     assert main([method_of(path), "--config", str(path), *given.split(), *small.split(), "--report_to", "none"]) == 0
+    assert compiled[WARM] > 0 and compiled[STEPS] == compiled[WARM]
     weights = "adapter_model.safetensors" if "use_peft: true" in path.read_text() else "model.safetensors"
     assert (tmp_path / "out" / weights).exists()
 

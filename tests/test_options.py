@@ -47,7 +47,7 @@ def test_help_is_a_sentence_that_tells_the_choices(config):
         text = field.metadata["help"]
         assert text.endswith((".", "...")), field.name
         names = [name for name in text.choices if name not in text]
-        assert not names or field.name == "optim" and not set(names) & set(text.split()), (field.name, names)
+        assert not names or (field.name == "optim" and not set(names) & set(text.split())), (field.name, names)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

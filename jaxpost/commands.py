@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, Protocol
 
-from jaxpost.options import one_of
+from jaxpost.options import Group, one_of, option
 
 HELP = ("-h", "--help")
 EXAMPLE = "sft"  # the method whose flags are shown where none is named
@@ -53,6 +53,17 @@ class Command(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class DryRunConfig:
+    """What training takes beside the method's flags."""
+
+    help_group = Group.COMMAND
+
+    dry_run: bool = option(
+        False, "Show config, devices, memory of a device, steps and a batch; train nothing and write nothing."
+    )
+
+
 @dataclass(frozen=True)
 class Runs:
     """A command with flags of its own.
@@ -88,10 +99,13 @@ class Trains:
 
         method = METHODS[name]
 
-        def run(args: Any) -> None:
-            resolve_name("jaxpost.trainer:Trainer")(method, args=args).train()
+        def run(args: Any, asked: DryRunConfig) -> None:
+            if asked.dry_run:
+                resolve_name("jaxpost.dry_run:run_dry")(method, args)
+            else:
+                resolve_name("jaxpost.trainer:Trainer")(method, args=args).train()
 
-        return Action(name, (method.config,), run, words)
+        return Action(name, (method.config, DryRunConfig), run, words)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ CASES = {
     "jaxpost plan ": set(METHODS),
     "jaxpost plan sft --topo": {"--topology"},
     "jaxpost sft --topo": set(),
+    "jaxpost sft --dry": {"--dry_run"},
     "jaxpost evaluate --allow_u": {"--allow_untrained_head"},
     "jaxpost evaluate dp": {"dpo"},
     "jaxpost evaluate dpo --loss_": {"--loss_type", "--loss_weights"},

@@ -6,6 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
+from jaxpost.commands import DryRunConfig
 from jaxpost.flags import flags_of, shown
 from jaxpost.help_text import WIDEST, print_help
 from jaxpost.methods import METHODS
@@ -16,7 +17,7 @@ from jaxpost.planning.command import plan_config
 
 def help_of(name, width=80, **options):
     console = Console(file=io.StringIO(), width=width, highlight=False, soft_wrap=True, **options)
-    print_help(name, "what it does", flags_of([METHODS[name].config, FileConfig]), console=console)
+    print_help(name, "what it does", flags_of([METHODS[name].config, DryRunConfig, FileConfig]), console=console)
     return console.file.getvalue()
 
 
@@ -25,7 +26,7 @@ def help_of(name, width=80, **options):
 def test_no_line_is_too_long_and_no_flag_missing(name, width):
     text = help_of(name, width)
     assert max(map(len, text.splitlines())) <= min(width, WIDEST)
-    assert text.count("(default: ") == text.count("\n  --") == len(flags_of([METHODS[name].config])) + 2
+    assert text.count("(default: ") == text.count("\n  --") == len(flags_of([METHODS[name].config])) + 3
 
 
 @pytest.mark.parametrize("name", METHODS)

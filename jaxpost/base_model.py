@@ -31,6 +31,7 @@ class BaseModel(NamedTuple):
         vocab_size: embedding rows that the tokenizer needs.
         generation_config: what is exported with the model.
         notes: for the user.
+        adapter: that is trained; None where the whole model is.
         load: the model with what it trains, laid out on the mesh.
     """
 
@@ -41,6 +42,7 @@ class BaseModel(NamedTuple):
     vocab_size: int
     generation_config: dict[str, Any]
     notes: list[str]
+    adapter: LoraConfig | None
     load: Callable[[], Decoder]
 
 
@@ -76,16 +78,16 @@ def open_base(
         name, base = "a given model", (args.model_name_or_path or "", None)
         if model.head_kind != head:
             raise ConfigError(f"the given model has a head {model.head_kind!r}; load it with head={head!r}")
-        config, generation_config, has_adapter = model.config, {}, active_config(model) is not None
+        config, generation_config, own = model.config, {}, active_config(model)
         build = partial(place, model, compute, mesh)
     else:
         source, name = open_source(model, args.model_revision), str(model)
-        base, has_adapter = (source.name, source.revision), source.adapter is not None
+        base, own = (source.name, source.revision), None if source.adapter is None else source.adapter.config
         config, generation_config = read_config(source.checkpoint.config, name), source.checkpoint.generation_config
         tokenizer = tokenizer or source.tokenizer()
         options = {"head": head, "dtype": args.dtype, "compute": compute, "mesh": mesh, "quantization": quantization}
         build = partial(source.load, allow_nonfinite=args.allow_nonfinite_weights, **options)
-    _check_adapter(name, lora, has_adapter, quantization)
+    _check_adapter(name, lora, own is not None, quantization)
     if lora is not None and head == "reward" and "score" not in (lora.modules_to_save or ()):
         lora = replace(lora, modules_to_save=[*(lora.modules_to_save or ()), "score"])
     if tokenizer is None:
@@ -100,7 +102,8 @@ def open_base(
         grown.config = replace(grown.config, hf={**grown.config.hf, **special})
         return grown if lora is None else attach(grown, lora, seed=args.seed)
 
-    return BaseModel(name, base, config, tokenizer, vocab_size, {**generation_config, **special}, notes, loaded)
+    exported, adapter = {**generation_config, **special}, own if lora is None else lora
+    return BaseModel(name, base, config, tokenizer, vocab_size, exported, notes, adapter, loaded)
 
 
 def _grown(tokenizer: Any, rows: int, lora: LoraConfig | None) -> tuple[int, list[str]]:

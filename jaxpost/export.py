@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from jaxpost.errors import ConfigError
 from jaxpost.models.adapters import merge_adapter
 from jaxpost.models.export import save_pretrained
+from jaxpost.models.hf import PARAMETER_DTYPES
 from jaxpost.models.peft import save_adapter
 from jaxpost.models.pretrained import open_source
-from jaxpost.options import option
+from jaxpost.models.transformer import HEADS
+from jaxpost.options import check_choices, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +19,13 @@ class ExportConfig:
     model_name_or_path: str | None = option(None, "Run, adapter, local folder, hub id or .gguf file.")
     output_dir: str | None = option(None, "Folder to write.")
     merge_adapter: bool = option(True, "Write base and adapter as one model; false for the adapter in PEFT's format.")
-    head: str = option("lm", "Kind of model: lm or reward.")
-    dtype: str = option("float32", "Of the weights: float32, bfloat16 or float16.")
+    head: str = option("lm", "Kind of model: lm or reward.", choices=HEADS)
+    dtype: str = option("float32", "Of the weights: float32, bfloat16 or float16.", choices=PARAMETER_DTYPES)
     max_shard_size: str = option("5GB", "Most bytes of one file.")
     allow_nonfinite_weights: bool = option(False, "Load a model even if its weights hold NaN or infinity.")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 def run_export(config: ExportConfig) -> None:

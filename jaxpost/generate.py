@@ -17,8 +17,9 @@ from jaxpost.data.tokenizer import eos_ids
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.models.config import Compute
 from jaxpost.models.families import read_config
+from jaxpost.models.hf import PARAMETER_DTYPES
 from jaxpost.models.pretrained import open_source
-from jaxpost.options import option, part_of
+from jaxpost.options import check_choices, option, part_of
 from jaxpost.rl.generate import generate
 from jaxpost.rl.sampling import SamplingConfig
 from jaxpost.rl.stopping import stopper
@@ -43,12 +44,15 @@ class GenerateConfig(SamplingConfig):
     stop_strings: list[str] | None = option(None, "Texts that end a completion, itself included.")
     seed: int = option(0, "Same seed, same completions.")
     batch_size: int = option(16, "Completions decoded together.")
-    dtype: str = option("float32", "Parameters and computation: float32, bfloat16 or float16.")
+    dtype: str = option(
+        "float32", "Parameters and computation: float32, bfloat16 or float16.", choices=PARAMETER_DTYPES
+    )
     mesh: str | None = option(None, "Mesh axes, e.g. fsdp=8; by default all devices are on fsdp.")
     allow_nonfinite_weights: bool = option(False, "Load a model even if its weights hold NaN or infinity.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         for name in ("max_new_tokens", "num_return_sequences", "batch_size"):
             if vars(self)[name] < 1:
                 raise ConfigError(f"{name} is {vars(self)[name]}; it must be at least 1")

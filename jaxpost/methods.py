@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxpost.data.chat import ACCEPTED, SFTDataConfig
 from jaxpost.data.completions import COMPARED, JUDGED
-from jaxpost.data.examples import LengthConfig
+from jaxpost.data.examples import ON_LONG_ROW, LengthConfig
 from jaxpost.data.formats import DatasetType
 from jaxpost.data.loader import LoaderConfig
 from jaxpost.data.packing import PackingConfig
@@ -33,7 +33,7 @@ from jaxpost.objectives.ppo import CRITIC, PPO
 from jaxpost.objectives.reward import Reward
 from jaxpost.objectives.rloo import RLOO
 from jaxpost.objectives.sft import SFT
-from jaxpost.options import check_parts, option
+from jaxpost.options import Group, check_parts, option
 from jaxpost.processes import ProcessesConfig
 from jaxpost.rl.plan import EpochsConfig, RolloutConfig
 from jaxpost.rl.rewards import RewardFunctionsConfig
@@ -71,6 +71,8 @@ class TrainConfig(
 ):
     """The fields that every method shares; each is declared beside the code that reads it."""
 
+    help_group = Group.DEVICES
+
     compilation_cache_dir: str = option(
         "~/.cache/jaxpost/xla", "Folder for compiled programs; empty for none.", may_change=True
     )
@@ -101,6 +103,8 @@ class SFTConfig(TrainConfig, SFTDataConfig, PackingConfig, SFT):
 class CompletionsConfig(TrainConfig, LengthConfig):
     """What the methods share that compare or judge completions."""
 
+    help_group = Group.ADAPTER
+
     learning_rate: float = option(1e-6, "Peak learning rate.")
     disable_dropout: bool = option(True, "Train without the dropout of adapters.")
 
@@ -108,6 +112,8 @@ class CompletionsConfig(TrainConfig, LengthConfig):
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(CompletionsConfig):
     """What the methods share that compare two completions of a prompt."""
+
+    help_group = Group.BATCH
 
     share_prompts: bool | None = option(
         None, "Read a prompt once for its completions; by default where the model allows it without a difference."
@@ -149,7 +155,7 @@ class CPOConfig(PairsConfig, CPO):
 class SimPOConfig(CPOConfig):
     """Simple preference optimisation: CPO as its authors run it on Llama 3 (SimPO's table 8)."""
 
-    loss_type: str = option("simpo", f"Loss: {', '.join(CPO_LOSSES)}.")
+    loss_type: str = option("simpo", f"Loss: {', '.join(CPO_LOSSES)}.", choices=CPO_LOSSES)
     cpo_alpha: float = option(0.0, "Weight of the NLL of the chosen completions.")
     beta: float = option(2.0, "Scale of the log-probabilities.")
     simpo_gamma: float = option(1.0, "Margin that simpo asks for.")
@@ -160,12 +166,16 @@ class RewardConfig(PairsConfig, Reward):
     """Reward models; names and defaults are TRL's, where pairs that are too long are left out."""
 
     learning_rate: float = option(1e-4, "Peak learning rate.")
-    on_long_row: str = option("drop", "What becomes of a pair over max_length: drop, truncate or error.")
+    on_long_row: str = option(
+        "drop", "What becomes of a pair over max_length: drop, truncate or error.", choices=ON_LONG_ROW
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig(TrainConfig, ReferenceConfig, SamplingConfig, RewardFunctionsConfig):
     """What the methods share that learn from completions of the policy."""
+
+    help_group = Group.ADAPTER
 
     learning_rate: float = option(1e-6, "Peak learning rate.")
     disable_dropout: bool = option(False, "Train without the dropout of adapters.")

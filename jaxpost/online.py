@@ -79,8 +79,8 @@ class Online:
             args, args.per_device_train_batch_size, batch_groups(mesh), args.gradient_accumulation_steps
         )
         train_rows, eval_rows = rows_of(method, args, train, held_out)
-        self.prompts = self._prompts(train_rows)
-        self.eval_prompts = None if eval_rows is None else self._prompts(eval_rows)
+        self.prompts = prompts_of(train_rows, args, base)
+        self.eval_prompts = None if eval_rows is None else prompts_of(eval_rows, args, base)
         self.rollout_func = rollout_function(args.rollout if rollout_func is None else rollout_func)
         if self.rollout_func is not None and args.is_ahead:
             raise ConfigError("generate_ahead cannot keep what a rollout_func returns over a restart; leave one out")
@@ -90,7 +90,7 @@ class Online:
                 "model for the same at the same time, which the function's own code cannot be held to"
             )
         self.rewards = agreed(lambda: self._rewards(args.reward_funcs if reward_funcs is None else reward_funcs))
-        self.steps_per_epoch = max(1, len(self.prompts.tokens) // self.plan.num_prompts) * self.plan.num_steps
+        self.steps_per_epoch = steps_per_epoch(self.plan, self.prompts)
         self.num_steps = args.total_steps(self.steps_per_epoch)
 
     @property
@@ -127,7 +127,7 @@ class Online:
     def evaluate(self, run: Run, state: TrainState, rows: Any) -> dict[str, float]:
         """Likewise, once, for the held-out prompts or others."""
         if rows is not None:
-            self.eval_prompts = self._prompts(as_rows(rows, "eval_dataset"))
+            self.eval_prompts = prompts_of(as_rows(rows, "eval_dataset"), self.args, self.base)
         return self._measured(self._rollouts(run), state)
 
     def close(self) -> None:
@@ -150,20 +150,6 @@ class Online:
         if weights is not None and len(weights) != len(functions):
             raise ConfigError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions")
         return Rewards(functions, part_of(args, RewardFunctionsConfig))
-
-    def _prompts(self, rows: Rows) -> Prompts:
-        bad_rows, base = BadRows(self.args.on_bad_row), self.base
-        room = base.config.max_positions - self.args.max_completion_length
-        if room < 1:
-            raise ConfigError(
-                f"max_completion_length is {self.args.max_completion_length}, but the model reads "
-                f"{base.config.max_positions} tokens, prompt and completion together"
-            )
-        options = {"vocab_size": base.vocab_size, "max_tokens": room, "bad_rows": bad_rows}
-        prompts = read_prompts(rows, base.tokenizer, **options)
-        skipped = f"; {bad_rows}" if bad_rows.counts else ""
-        base.notes.append(f"{rows.name}: {len(prompts.tokens)} prompts{skipped}")
-        return prompts
 
     def _sampler(self, run: Run) -> Callable[[TrainState, Prompts, Sequence[int], int, int], Sampled]:
         """Makes the completions: an answer of the policy each, or what the rollout function returns."""
@@ -250,6 +236,30 @@ class Online:
         """A completion as reward functions see it: text, or messages where the prompt is messages."""
         text = self.base.tokenizer.decode(completion.tokens, skip_special_tokens=True)
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def prompts_of(rows: Rows, args: Any, base: BaseModel) -> Prompts:
+    """The prompts of a run; what became of its rows is told in the notes of its model.
+
+    Raises:
+        ConfigError, DataError: there is no room for a prompt, or a row cannot be used.
+    """
+    bad_rows, room = BadRows(args.on_bad_row), base.config.max_positions - args.max_completion_length
+    if room < 1:
+        raise ConfigError(
+            f"max_completion_length is {args.max_completion_length}, but the model reads "
+            f"{base.config.max_positions} tokens, prompt and completion together"
+        )
+    options = {"vocab_size": base.vocab_size, "max_tokens": room, "bad_rows": bad_rows}
+    prompts = read_prompts(rows, base.tokenizer, **options)
+    skipped = f"; {bad_rows}" if bad_rows.counts else ""
+    base.notes.append(f"{rows.name}: {len(prompts.tokens)} prompts{skipped}")
+    return prompts
+
+
+def steps_per_epoch(plan: Plan, prompts: Prompts) -> int:
+    """Optimizer steps in which every prompt is seen once."""
+    return max(1, len(prompts.tokens) // plan.num_prompts) * plan.num_steps
 
 
 class Appraisal:

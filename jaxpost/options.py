@@ -2,27 +2,55 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
+from enum import StrEnum
 from typing import Any
 
 from jaxpost.errors import ConfigError
+
+
+class Group(StrEnum):
+    """The headings of `--help`, in their order; a part of a config names its own as `help_group`.
+
+    The fields of a part without one are the command's own.
+    """
+
+    PLAN = "Plan"
+    OWN = "Flags of this command"
+    COMMAND = "Configuration and help"
+    REFERENCE = "Reference model"
+    COMPLETIONS = "Completions"
+    REWARDS = "Rewards"
+    VALUE_MODEL = "Value model"
+    MODEL = "Model"
+    ADAPTER = "Adapter and quantisation"
+    DATA = "Data"
+    BATCH = "Batch"
+    OPTIMISATION = "Optimisation"
+    EVALUATION = "Evaluation"
+    CHECKPOINTS = "Checkpoints"
+    LOGGING = "Logging"
+    DEVICES = "Devices and processes"
 
 
 class _Help(str):
     """The help text of a field, with what else is known of it: all other metadata would be handed to argparse."""
 
     may_change: bool
+    choices: tuple[str, ...]
 
 
-def option(default: Any, help: str, *, may_change: bool = False) -> Any:
+def option(default: Any, help: str, *, choices: Iterable[str] = (), may_change: bool = False) -> Any:
     """A dataclass field with the help text that the command line shows.
 
     Args:
         default: the default value; a list is copied for each instance.
         help: one line for `--help`.
+        choices: all values that it takes, or each of a list of them; checked by `check_choices`.
         may_change: a run that is continued may have another value than before, and what it learns is the same.
     """
     text = _Help(help.replace("%", "%%"))  # argparse formats it
-    text.may_change = may_change
+    text.may_change, text.choices = may_change, tuple(choices)
     metadata = {"help": text}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -44,6 +72,19 @@ def one_of(name: str, value: str, choices: list[str] | tuple[str, ...]) -> str:
     if value in choices:
         return value
     raise ConfigError(f"{name} is {value!r}{nearest(value, choices)}; it takes one of: {', '.join(choices)}")
+
+
+def check_choices(config: Any) -> None:
+    """Check every field that takes one of its choices, or a list of them; None is no choice.
+
+    Raises:
+        ConfigError: as `one_of`.
+    """
+    for field in dataclasses.fields(config):
+        choices, value = field.metadata["help"].choices, getattr(config, field.name)
+        if choices and value is not None:
+            for each in value if isinstance(value, list | tuple) else [value]:
+                one_of(field.name, each, choices)
 
 
 def nearest(word: str, candidates: Any) -> str:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpost import watch
 from jaxpost.errors import ConfigError, JaxpostError, PreemptedError, one_line
-from jaxpost.options import option
+from jaxpost.options import Group, option
 
 Made = TypeVar("Made")
 DEVICES = Path("/dev")  # where a machine's TPU chips are files
@@ -28,6 +28,8 @@ DEVICES = Path("/dev")  # where a machine's TPU chips are files
 @dataclass(frozen=True, kw_only=True)
 class ProcessesConfig:
     """Which processes make up the run: by default those of the Slurm step or TPU pod that it is started on, or one."""
+
+    help_group = Group.DEVICES
 
     coordinator_address: str | None = option(
         None, "host:port of process 0, where the processes of the run meet.", may_change=True

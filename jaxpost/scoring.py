@@ -25,11 +25,12 @@ from jaxpost.data.tokenizer import embedding_rows
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.metrics import wilson_interval
 from jaxpost.models.config import Compute
+from jaxpost.models.hf import PARAMETER_DTYPES
 from jaxpost.models.pretrained import open_source
 from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Batch
 from jaxpost.objectives.sequences import rewards_of
-from jaxpost.options import option
+from jaxpost.options import check_choices, option
 from jaxpost.sharding import batch_groups, make_mesh
 from jaxpost.train.evaluate import by_example
 from jaxpost.writing import write_lines
@@ -50,12 +51,15 @@ class ScoreConfig:
     output_file: str | None = option(None, "JSON Lines file for the rows with their scores; by default the terminal.")
     max_length: int | None = option(None, "Tokens of a text that are read, from its start; null for all.")
     batch_size: int = option(8, "Texts (or pairs) that a device reads together.")
-    dtype: str = option("float32", "Parameters and computation: float32, bfloat16 or float16.")
+    dtype: str = option(
+        "float32", "Parameters and computation: float32, bfloat16 or float16.", choices=PARAMETER_DTYPES
+    )
     mesh: str | None = option(None, "Mesh axes, e.g. fsdp=8; by default all devices are on fsdp.")
     allow_untrained_head: bool = option(False, "Score even with a model without a trained reward head: at random.")
     allow_nonfinite_weights: bool = option(False, "Load a model even if its weights hold NaN or infinity.")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("max_length", "batch_size"):
             value = vars(self)[name]
             if value is not None and value < 1:

@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpost.errors import ConfigError
-from jaxpost.options import nearest, option
+from jaxpost.options import Group, nearest, option
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -100,6 +100,8 @@ _log = logging.getLogger("jaxpost")
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How the devices are arranged."""
+
+    help_group = Group.DEVICES
 
     mesh: str | None = option(
         None,

@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from jaxpost.errors import ConfigError, PreemptedError
-from jaxpost.options import nearest, option
+from jaxpost.options import Group, nearest, option
 
 PREEMPTED, STUCK = PreemptedError.exit_code, 76
 GRACE_SECONDS = 25.0  # Kubernetes, TPU VMs and most Slurm sites give 30
@@ -39,10 +39,13 @@ LIMITS = {  # seconds
 class WatchConfig:
     """How long a run may be busy with one thing."""
 
+    help_group = Group.DEVICES
+
     phase_timeouts: dict | None = option(
         None,
-        f"Seconds after which a run counts as stuck and ends with code {STUCK}, by phase; of "
-        + ", ".join(f"{name} {seconds:g}" for name, seconds in LIMITS.items()),
+        f"Seconds after which a run counts as stuck and ends with code {STUCK}, by phase; by default "
+        + ", ".join(f"{name} {seconds:g}" for name, seconds in LIMITS.items())
+        + ".",
         may_change=True,
     )
 

@@ -1,9 +1,12 @@
+import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from jaxpost.cli import main, parse
+from jaxpost.cli import COMMANDS, main, parse
 from jaxpost.methods import SFTConfig, config_yaml
 
 
@@ -165,9 +168,55 @@ def test_missing_essentials_and_unknown_commands(tiny_folder, capsys):
     assert all(word in line for word, line in zip(expected, lines, strict=True))
 
 
-def test_help_lists_every_field(capsys):
+def test_the_usage_names_every_command(capsys):
     assert main([]) == 0
-    with pytest.raises(SystemExit) as end:
-        main(["sft", "--help"])
-    assert end.value.code == 0
-    assert "--gradient_accumulation_steps" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+    assert max(map(len, shown.splitlines())) <= shutil.get_terminal_size().columns
+
+
+def test_the_usage_needs_no_imports():
+    """It is what is called to see whether jaxpost is there."""
+    code = "import sys; from jaxpost.cli import main; main([]); print({'jax', 'rich'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_that_lists_all_flags(name, capsys):
+    words = COMMANDS[name].subcommands()[-1:]
+    assert main([name, *words, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for part in COMMANDS[name].opened(name, list(words)).parts:
+        assert all(f"\n  --{field.name} " in shown for field in dataclasses.fields(part))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_a_command_runs_is_there(name):
+    words = COMMANDS[name].subcommands()[-1:]
+    assert callable(COMMANDS[name].opened(name, list(words)).run)
+
+
+def test_the_config_is_printed_and_nothing_runs(capsys):
+    assert main(["sft", "--learning_rate", "1e-4", "--print_config"]) == 0
+    assert "\nlearning_rate: 0.0001  # default: 2e-05\n" in capsys.readouterr().out
+    assert "did you mean 'nll'" in refused(capsys, ["sft", "--print_config", "--loss_type", "nl"], 2)
+    assert "unknown flag --print_confg" in refused(capsys, ["export", "--print_confg"], 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "it takes one of: bash, zsh, fish"),
+        (["bsh"], "did you mean 'bash'"),
+        (["bash", "-x"], "takes no more words; leave out '-x'"),
+    ],
+)
+def test_completion_is_for_a_shell_that_is_known(words, message, capsys):
+    assert message in refused(capsys, ["completion", *words], 2)
+
+
+def test_a_reader_may_leave():
+    command = f"{sys.executable} -m jaxpost completion bash | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("# Completion")

@@ -14,12 +14,17 @@ FLOOR = {
     **dict.fromkeys(["train", "encode"], 4),
     **dict.fromkeys(["methods", "base_model", "ref_model", "value_model"], 5),
     **dict.fromkeys(["pipeline", "scoring"], 6),
-    **dict.fromkeys(["generate", "export", "preview", "evaluate", "offline", "reward_model"], 7),
+    **dict.fromkeys(["generate", "export", "evaluate", "offline", "reward_model"], 7),
     "online": 8,
-    **dict.fromkeys(["trainer", "plan"], 9),
-    "planning": 9,
-    **dict.fromkeys(["cli", "trainers"], 10),
-    **dict.fromkeys(["__main__", "__init__"], 11),
+    **dict.fromkeys(["trainer", "plan", "planning", "preview"], 9),
+    **dict.fromkeys(["trainers", "dry_run"], 10),
+    # Commands name what they run, and import it when it is called.
+    "flags": 2,
+    **dict.fromkeys(["help_text", "config_file", "shells"], 3),
+    **dict.fromkeys(["parsing", "commands"], 10),
+    "completion": 11,
+    "cli": 12,
+    **dict.fromkeys(["__main__", "__init__"], 13),
 }
 PACKAGE = Path(__file__).parent.parent / "jaxpost"
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -39,6 +39,15 @@ def test_trained_tokens_are_coloured_on_a_terminal(tiny_folder, data):
     assert "\x1b[1;32m" in shown and "«" not in shown
 
 
+def test_prompts_are_shown_of_methods_that_sample(tiny_folder, data, capsys):
+    flags = f"--model_name_or_path {tiny_folder} --dataset_name {data} --max_completion_length 16 --max_steps 7"
+    assert main(["preview", "grpo", *flags.split()]) == 0
+    shown = capsys.readouterr().out
+    assert "7 steps; a generation is 8 prompts with 8 completions each" in shown
+    assert "columns for reward functions: completion, answer" in shown
+    assert shown.count("tokens ─") == 3 and shown.count("<|im_start|>user") == 3
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

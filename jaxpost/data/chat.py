@@ -13,7 +13,7 @@ from jaxpost.data.examples import Example, LengthConfig, Reader, Reading, flatte
 from jaxpost.data.formats import Block, DatasetType, row_type
 from jaxpost.data.template import Renderer, Span
 from jaxpost.errors import ConfigError, DataError
-from jaxpost.options import option
+from jaxpost.options import Group, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -29,10 +29,14 @@ SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can write one alone, UTF-8 ca
 class SFTDataConfig(LengthConfig):
     """How rows become tokens; TRL's names and defaults."""
 
-    dataset_text_field: str = option("text", "column that holds the text of a language-modelling row")
-    completion_only_loss: bool | None = option(None, "train on the completion only; null: where rows have a completion")
+    help_group = Group.DATA
+
+    dataset_text_field: str = option("text", "Column that holds the text of a language-modelling row.")
+    completion_only_loss: bool | None = option(
+        None, "Train on the completion only; null: where rows have a completion."
+    )
     assistant_only_loss: bool = option(
-        False, "train on assistant turns only, with or without {% generation %} in the chat template"
+        False, "Train on assistant turns only, with or without {% generation %} in the chat template."
     )
 
 

@@ -16,7 +16,7 @@ from jaxpost.data.bad_rows import BadRows
 from jaxpost.data.formats import Block, blocks
 from jaxpost.data.rows import RowError
 from jaxpost.errors import ConfigError, DataError
-from jaxpost.options import one_of, option
+from jaxpost.options import Group, check_choices, option
 
 logger = logging.getLogger(__name__)
 
@@ -73,20 +73,29 @@ class Counts:
     too_long: int = 0
 
 
+ON_LONG_ROW = ("truncate", "drop", "error")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LengthConfig:
     """How long a text may be; TRL's names and defaults."""
 
-    max_length: int | None = option(1024, "tokens a row may have (see on_long_row), null for no limit")
-    truncation_mode: str = option("keep_start", "which end of a row over max_length to keep: keep_start, keep_end")
+    help_group = Group.DATA
+
+    max_length: int | None = option(1024, "Tokens a row may have (see on_long_row), null for no limit.")
+    truncation_mode: str = option(
+        "keep_start",
+        "Which end of a row over max_length to keep: keep_start, keep_end.",
+        choices=("keep_start", "keep_end"),
+    )
     on_long_row: str = option(
         "truncate",
-        "what becomes of a row over max_length: truncate (truncation_mode says which end stays), drop or error",
+        "What becomes of a row over max_length: truncate (truncation_mode says which end stays), drop or error.",
+        choices=ON_LONG_ROW,
     )
 
     def __post_init__(self) -> None:
-        one_of("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
-        one_of("on_long_row", self.on_long_row, ("truncate", "drop", "error"))
+        check_choices(self)
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}; a row needs at least 2 tokens to train on")
 

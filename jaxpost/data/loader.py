@@ -13,7 +13,7 @@ from jaxpost.data.examples import Example
 from jaxpost.data.fingerprint import digest
 from jaxpost.data.packing import Packs
 from jaxpost.errors import ConfigError
-from jaxpost.options import one_of, option
+from jaxpost.options import Group, check_choices, one_of, option
 
 SAMPLING = ("random", "sequential", "group_by_length")
 MEGA_BATCHES = 50  # batches that group_by_length sorts together, as in transformers
@@ -27,23 +27,29 @@ PREFETCH_BATCHES = 4
 class LoaderConfig:
     """How examples become batches; the names and defaults of transformers and TRL where they have them."""
 
+    help_group = Group.BATCH
+
     per_device_train_batch_size: int = option(
-        8, "rows per data-parallel group in one micro-batch of training", may_change=True
+        8, "Rows per data-parallel group in one micro-batch of training.", may_change=True
     )
     per_device_eval_batch_size: int = option(
-        8, "rows per data-parallel group in one batch of evaluation", may_change=True
+        8, "Rows per data-parallel group in one batch of evaluation.", may_change=True
     )
     gradient_accumulation_steps: int = option(
-        1, "micro-batches whose gradients one optimizer step adds up", may_change=True
+        1, "Micro-batches whose gradients one optimizer step adds up.", may_change=True
     )
-    train_sampling_strategy: str = option("random", "order of the training rows: random, sequential, group_by_length")
-    pad_to_multiple_of: int | None = option(None, "round padded lengths up to this; null: 8 on CPU, 128 elsewhere")
-    padding_free: bool = option(True, "put a device's examples one after the other in one row, instead of padding each")
-    length_buckets: int = option(1, "number of row lengths to compile; more of them waste fewer tokens on padding")
-    data_seed: int | None = option(None, "seed of the order of the rows; null: seed")
+    train_sampling_strategy: str = option(
+        "random", "Order of the training rows: random, sequential, group_by_length.", choices=SAMPLING
+    )
+    pad_to_multiple_of: int | None = option(None, "Round padded lengths up to this; null: 8 on CPU, 128 elsewhere.")
+    padding_free: bool = option(
+        True, "Put a device's examples one after the other in one row, instead of padding each."
+    )
+    length_buckets: int = option(1, "Number of row lengths to compile; more of them waste fewer tokens on padding.")
+    data_seed: int | None = option(None, "Seed of the order of the rows; null: seed.")
 
     def __post_init__(self) -> None:
-        one_of("train_sampling_strategy", self.train_sampling_strategy, SAMPLING)
+        check_choices(self)
         for name, value, least in (
             ("per_device_train_batch_size", self.per_device_train_batch_size, 1),
             ("per_device_eval_batch_size", self.per_device_eval_batch_size, 1),

@@ -16,7 +16,7 @@ import numpy as np
 from jaxpost.data.examples import Example
 from jaxpost.data.fingerprint import digest
 from jaxpost.data.store import Store
-from jaxpost.options import one_of, option
+from jaxpost.options import Group, check_choices, one_of, option
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 
@@ -25,14 +25,16 @@ STRATEGIES = ("bfd", "bfd_split", "wrapped")
 class PackingConfig:
     """Whether rows share a row of max_length tokens; TRL's names and defaults."""
 
+    help_group = Group.BATCH
+
     packing: bool = option(False, "Fill rows of max_length tokens with several examples, which never see each other.")
     packing_strategy: str = option(
-        "bfd", "bfd (cuts long examples), bfd_split (splits them) or wrapped (cuts anywhere)."
+        "bfd", "bfd (cuts long examples), bfd_split (splits them) or wrapped (cuts anywhere).", choices=STRATEGIES
     )
     eval_packing: bool | None = option(None, "The same for evaluation; by default as packing.", may_change=True)
 
     def __post_init__(self) -> None:
-        one_of("packing_strategy", self.packing_strategy, STRATEGIES)
+        check_choices(self)
 
     def packs(self, training: bool) -> bool:
         """Whether rows are packed, of the training set or of the held-out one."""

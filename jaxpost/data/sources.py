@@ -10,7 +10,7 @@ from typing import Any
 from jaxpost.data.files import SUFFIXES, read_file
 from jaxpost.data.rows import Rows, as_rows, join
 from jaxpost.errors import ConfigError, DataError, one_line
-from jaxpost.options import nearest, one_of, option
+from jaxpost.options import Group, check_choices, nearest, option
 
 DataFiles = str | Sequence[str] | Mapping[str, Any]
 
@@ -26,25 +26,30 @@ SPLIT_WORDS = ("train", "training", "validation", "valid", "val", "dev", "test",
 class DatasetConfig:
     """Which rows to read; the names are those of TRL's ScriptArguments and DatasetMixtureConfig."""
 
+    help_group = Group.DATA
+
     dataset_name: str | None = option(
         None,
-        "a .json, .jsonl, .parquet or .arrow file, a folder or glob of them, or a Hub id",
+        "A .json, .jsonl, .parquet or .arrow file, a folder or glob of them, or a Hub id.",
         may_change=True,
     )
-    dataset_config: str | None = option(None, "configuration of the dataset, where it has several", may_change=True)
-    dataset_train_split: str = option("train", "split to train on")
-    dataset_test_split: str = option("test", "split to evaluate on", may_change=True)
-    dataset_streaming: bool = option(False, "read rows as they are needed and never all of them; needs max_steps")
+    dataset_config: str | None = option(None, "Configuration of the dataset, where it has several.", may_change=True)
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on.", may_change=True)
+    dataset_streaming: bool = option(False, "Read rows as they are needed and never all of them; needs max_steps.")
     datasets: list[dict] = option(
-        [], "a mixture in place of dataset_name: path, name, data_dir, data_files, split, columns, fraction or weight"
+        [], "A mixture in place of dataset_name: path, name, data_dir, data_files, split, columns, fraction or weight."
     )
     test_split_size: float | None = option(
-        None, "training rows to hold out for evaluation, in place of a test split: a share below 1, or a number of rows"
+        None,
+        "Training rows to hold out for evaluation, in place of a test split: a share below 1, or a number of rows.",
     )
-    on_bad_row: str = option("error", "what becomes of a row that cannot be used: error, or skip (it is counted)")
+    on_bad_row: str = option(
+        "error", "What becomes of a row that cannot be used: error, or skip (it is counted).", choices=ON_BAD_ROW
+    )
 
     def __post_init__(self) -> None:
-        one_of("on_bad_row", self.on_bad_row, ON_BAD_ROW)
+        check_choices(self)
         if self.datasets and self.dataset_name is not None:
             raise ConfigError("dataset_name and datasets are both given; keep one of them")
         size = self.test_split_size

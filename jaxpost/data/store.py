@@ -24,7 +24,7 @@ import numpy as np
 from jaxpost.data.examples import Example
 from jaxpost.errors import CheckpointError, one_line
 from jaxpost.locks import locked
-from jaxpost.options import option
+from jaxpost.options import Group, option
 
 BATCH = 1000  # examples that are written at a time
 COLUMNS = ("tokens", "loss_mask", "value")  # of an Example
@@ -38,6 +38,8 @@ _log = logging.getLogger("jaxpost")
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """Where tokenised rows are kept."""
+
+    help_group = Group.DATA
 
     tokenized_cache_dir: str = option(
         "~/.cache/jaxpost/tokenized",

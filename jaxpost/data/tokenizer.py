@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxpost.errors import ConfigError, one_line
-from jaxpost.options import option
+from jaxpost.options import Group, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Special tokens and chat template; TRL's names and defaults."""
+
+    help_group = Group.DATA
 
     eos_token: str | None = option(None, "End-of-sequence token to use in place of the tokenizer's.")
     pad_token: str | None = option(None, "Padding token to use in place of the tokenizer's; EOS where it has none.")

@@ -24,7 +24,7 @@ from jaxpost.models.lora_init import mesh_of, placed
 from jaxpost.models.peft import save_adapter
 from jaxpost.models.quant import Quantized, dequantize
 from jaxpost.models.transformer import Decoder
-from jaxpost.options import one_of, option
+from jaxpost.options import Group, check_choices, option
 
 VALUE_MODELS = ("copy", "trunk", "adapter")
 
@@ -37,10 +37,13 @@ class ValueParam(nnx.Param):
 class ValueModelConfig:
     """What says how good a state is."""
 
+    help_group = Group.VALUE_MODEL
+
     value_model: str = option(
         "copy",
         "Value model: copy (a model of its own), trunk (a head on the policy's hidden states, whose gradient goes "
         "on into the policy) or adapter (with use_peft: an adapter of its own on the policy's base).",
+        choices=VALUE_MODELS,
     )
     value_model_path: str | None = option(
         None,
@@ -49,7 +52,7 @@ class ValueModelConfig:
     )
 
     def __post_init__(self) -> None:
-        one_of("value_model", self.value_model, VALUE_MODELS)
+        check_choices(self)
         if self.value_model_path is not None and self.value_model != "copy":
             raise ConfigError(
                 f"value_model_path is what a copy starts from, but value_model is {self.value_model}; "

@@ -28,7 +28,7 @@ from jaxpost.models.quant import SCHEMES, collect, for_schemes, quantize
 from jaxpost.models.remat import REMAT
 from jaxpost.models.rows import Row
 from jaxpost.models.transformer import HEADS, Decoder
-from jaxpost.options import one_of, option
+from jaxpost.options import Group, check_choices, one_of, option
 from jaxpost.platform import platform
 from jaxpost.sharding import make_mesh, path_of, shardings
 
@@ -44,9 +44,11 @@ Bounds = tuple[tuple[int, int], ...]
 class ModelArguments:
     """Which model, and in which numbers."""
 
+    help_group = Group.MODEL
+
     model_name_or_path: str | None = option(None, "Hub id, local Hugging Face folder or .gguf file.", may_change=True)
     model_revision: str = option("main", "Branch, tag or commit of a hub model.", may_change=True)
-    dtype: str = option("float32", "Parameters: float32, bfloat16 or float16.")
+    dtype: str = option("float32", "Parameters: float32, bfloat16 or float16.", choices=PARAMETER_DTYPES)
     bf16: bool | None = option(None, "Compute in bfloat16; by default on accelerators, not on CPU.")
     gradient_checkpointing: bool = option(
         True, "Recompute activations in the backward pass to save memory.", may_change=True
@@ -54,16 +56,14 @@ class ModelArguments:
     remat_policy: str | None = option(
         None,
         f"What of a block's activations is not recomputed: {', '.join(REMAT)}; by default dots on CPU, full elsewhere.",
+        choices=REMAT,
         may_change=True,
     )
-    attn_implementation: str = option("auto", f"Attention kernel: {', '.join(ATTENTION)}.")
+    attn_implementation: str = option("auto", f"Attention kernel: {', '.join(ATTENTION)}.", choices=ATTENTION)
     allow_nonfinite_weights: bool = option(False, "Load a model even if its weights hold NaN or infinity.")
 
     def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, PARAMETER_DTYPES)
-        one_of("attn_implementation", self.attn_implementation, ATTENTION)
-        if self.remat_policy is not None:
-            one_of("remat_policy", self.remat_policy, REMAT)
+        check_choices(self)
 
     @property
     def rows_may_branch(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 from jaxpost.errors import ConfigError
-from jaxpost.options import nearest, one_of, option
+from jaxpost.options import Group, check_choices, nearest, one_of, option
 
 ALL_LINEAR = "all-linear"
 INITS = ("default", "gaussian", "pissa", "olora")
@@ -135,6 +135,8 @@ class LoraConfig:
 class LoRAArguments:
     """Whether and how a run trains an adapter."""
 
+    help_group = Group.ADAPTER
+
     use_peft: bool = option(False, "Train a low-rank adapter (LoRA) instead of the whole model.")
     lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: int = option(32, "The adapter's output is multiplied with alpha / r.")
@@ -148,10 +150,10 @@ class LoRAArguments:
     lora_layers_to_transform: list[int] | None = option(None, "Layers with an adapter, by index; all by default.")
     use_rslora: bool = option(False, "Multiply with alpha / sqrt(r) (rank-stabilized LoRA).")
     use_dora: bool = option(False, "Train magnitude and direction of the weights apart (DoRA).")
-    lora_init: str = option("default", "How the adapter starts: default, gaussian, pissa or olora.")
+    lora_init: str = option("default", "How the adapter starts: default, gaussian, pissa or olora.", choices=INITS)
 
     def __post_init__(self) -> None:
-        one_of("lora_init", self.lora_init, INITS)
+        check_choices(self)
         if self.use_peft:
             self.lora_config()
 

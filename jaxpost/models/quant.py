@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from jaxpost.errors import ConfigError
 from jaxpost.models.nf4 import Parts, dequantize_int8, dequantize_nf4, quantize_int8, quantize_nf4
-from jaxpost.options import one_of, option
+from jaxpost.options import Group, check_choices, one_of, option
 from jaxpost.sharding import parameter_spec
 
 KEPT = ("router", "shared_share", "adapter")  # modules of the blocks whose kernels stay as they are
@@ -44,15 +44,17 @@ SCHEMES = {
 class QuantConfig:
     """In how many bits the frozen base of adapters is stored; named as in TRL's ModelConfig."""
 
+    help_group = Group.ADAPTER
+
     load_in_4bit: bool = option(False, "Store the kernels of the frozen base in 4 bits (QLoRA).")
     load_in_8bit: bool = option(False, "Store the kernels of the frozen base in 8 bits.")
-    bnb_4bit_quant_type: str = option("nf4", "Data type of load_in_4bit: nf4.")
+    bnb_4bit_quant_type: str = option("nf4", "Data type of load_in_4bit: nf4.", choices=("nf4",))
     use_bnb_nested_quant: bool = option(
         True, "Store the scales of load_in_4bit in 8 bits, as QLoRA does: 0.516 instead of 0.5625 bytes a weight."
     )
 
     def __post_init__(self) -> None:
-        one_of("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("nf4",))
+        check_choices(self)
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError("load_in_4bit and load_in_8bit exclude each other; remove one of them")
 

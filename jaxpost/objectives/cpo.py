@@ -22,7 +22,7 @@ from jaxpost.objectives.cpo_losses import CPO_LOSSES, alpha_reward, cpo_loss
 from jaxpost.objectives.logps import TokenScores, next_tokens, score_batch
 from jaxpost.objectives.pair_metrics import chosen_tokens, pair_metrics
 from jaxpost.objectives.sequences import exists, mean_per_example, pairs_of, per_example, token_share
-from jaxpost.options import one_of, option
+from jaxpost.options import check_choices, option
 
 BY_MEAN = ("ipo", "simpo")  # loss types of the mean log-probability of a completion, not the sum
 
@@ -32,14 +32,14 @@ class CPO(ObjectiveBase):
     """The objective; rows are pairs of examples."""
 
     beta: float = option(0.1, "Scale of the log-probabilities.")
-    loss_type: str = option("sigmoid", f"Loss: {', '.join(CPO_LOSSES)}.")
+    loss_type: str = option("sigmoid", f"Loss: {', '.join(CPO_LOSSES)}.", choices=CPO_LOSSES)
     label_smoothing: float = option(0.0, "Share of the pairs that are taken to be the wrong way round.")
     cpo_alpha: float = option(1.0, "Weight of the NLL of the chosen completions.")
     simpo_gamma: float = option(0.5, "Margin that simpo asks for.")
     alpha: float = option(0.0, "Shape of AlphaPO's reward; 0 for the log-probability.")
 
     def __post_init__(self) -> None:
-        one_of("loss_type", self.loss_type, tuple(CPO_LOSSES))
+        check_choices(self)
         if self.beta <= 0:
             raise ConfigError(f"beta is {self.beta}; it must be above 0")
         if not 0 <= self.label_smoothing < 0.5:

@@ -29,7 +29,7 @@ from jaxpost.objectives.dpo_losses import (
 from jaxpost.objectives.logps import TokenScores, next_tokens, score_batch
 from jaxpost.objectives.pair_metrics import chosen_tokens, pair_metrics
 from jaxpost.objectives.sequences import exists, mean_per_example, pairs_of, per_example, per_token, token_share
-from jaxpost.options import one_of, option
+from jaxpost.options import check_choices, option
 
 LOSS_TYPES = (*PAIR_LOSSES, "aot", "aot_unpaired", "sft")
 
@@ -39,10 +39,14 @@ class DPO(ObjectiveBase):
     """The objective; rows are pairs of examples, `ref_logps` [B, S] what the reference says of each."""
 
     beta: float = option(0.1, "How close the policy stays to the reference; more is closer.")
-    loss_type: list[str] = option(["sigmoid"], f"Losses that are added up, of {', '.join(LOSS_TYPES)}.")
+    loss_type: list[str] = option(
+        ["sigmoid"], f"Losses that are added up, of {', '.join(LOSS_TYPES)}.", choices=LOSS_TYPES
+    )
     loss_weights: list[float] | None = option(None, "Weight of each of loss_type; 1 by default.")
     label_smoothing: float = option(0.0, "Share of the pairs that are taken to be the wrong way round.")
-    f_divergence_type: str = option("reverse_kl", f"Divergence from the reference: {', '.join(F_DIVERGENCES)}.")
+    f_divergence_type: str = option(
+        "reverse_kl", f"Divergence from the reference: {', '.join(F_DIVERGENCES)}.", choices=F_DIVERGENCES
+    )
     f_alpha_divergence_coef: float = option(0.5, "Alpha of alpha_divergence.")
     discopop_tau: float = option(0.05, "Temperature of the discopop loss.")
     use_weighting: bool = option(False, "Weight pairs by how probable the policy finds them (WPO).")
@@ -52,11 +56,11 @@ class DPO(ObjectiveBase):
     reference_free: bool = option(False, "Compare with a reference to which all completions are equally probable.")
 
     def __post_init__(self) -> None:
-        for kind in self.loss_type:
-            one_of("loss_type", kind, LOSS_TYPES)
-        one_of("f_divergence_type", self.f_divergence_type, tuple(F_DIVERGENCES))
+        check_choices(self)
         if not self.loss_type:
             raise ConfigError(f"loss_type is empty; give one or more of {', '.join(LOSS_TYPES)}")
+        if isinstance(self.loss_type, str):
+            raise ConfigError(f"loss_type is {self.loss_type!r}; give a list: [{self.loss_type!r}]")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             counts = f"{len(self.loss_weights)} numbers for {len(self.loss_type)} of loss_type"
             raise ConfigError(f"loss_weights has {counts}; give as many")

@@ -40,7 +40,7 @@ from jaxpost.objectives.online import (
     sampling_difference,
 )
 from jaxpost.objectives.sequences import exists, mean_per_example, per_example, per_token
-from jaxpost.options import one_of, option
+from jaxpost.options import check_choices, option
 
 PER_TOKEN = ("bnpo", "dapo", "cispo", "vespo")  # the mean is over all tokens of a step
 
@@ -52,12 +52,20 @@ class GRPO(ClippedBase):
     remembers: ClassVar[tuple[str, ...]] = ("entropy_coef_change", "entropy_is_low")
 
     beta: float = option(0.0, "Coefficient of the KL divergence from the reference; 0 for no reference.")
-    loss_type: str = option("dapo", f"Loss: {', '.join(LOSS_TYPES)}.")
-    importance_sampling_level: str = option("token", "Ratios are of each token, or of the sequence (GSPO).")
+    loss_type: str = option("dapo", f"Loss: {', '.join(LOSS_TYPES)}.", choices=LOSS_TYPES)
+    importance_sampling_level: str = option(
+        "token", "Ratios are of each token, or of the sequence (GSPO).", choices=("token", "sequence")
+    )
     delta: float | None = option(None, "Greatest ratio that counts at all (two-sided clipping); null for no bound.")
-    scale_rewards: str = option("group", "Advantages are divided by the deviation in the group, batch, or none.")
+    scale_rewards: str = option(
+        "group",
+        "Advantages are divided by the deviation in the group, batch, or none.",
+        choices=("group", "batch", "none"),
+    )
     multi_objective_aggregation: str = option(
-        "sum_then_normalize", "Order of summing reward functions: sum_then_normalize or normalize_then_sum (GDPO)."
+        "sum_then_normalize",
+        "Order of summing reward functions: sum_then_normalize or normalize_then_sum (GDPO).",
+        choices=("sum_then_normalize", "normalize_then_sum"),
     )
     top_entropy_quantile: float = option(1.0, "Learn only from this share of the tokens, the most uncertain ones.")
     entropy_coef: float = option(0.0, "Coefficient of the mean entropy of tokens, which is rewarded.")
@@ -81,11 +89,7 @@ class GRPO(ClippedBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("loss_type", self.loss_type, LOSS_TYPES)
-        one_of("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
-        one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
-        orders = ("sum_then_normalize", "normalize_then_sum")
-        one_of("multi_objective_aggregation", self.multi_objective_aggregation, orders)
+        check_choices(self)
         if self.beta < 0:
             raise ConfigError(f"beta is {self.beta}; it must not be negative")
         if not 0 < self.top_entropy_quantile <= 1:

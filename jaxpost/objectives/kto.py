@@ -21,7 +21,7 @@ from jaxpost.objectives.judged_metrics import judged_metrics
 from jaxpost.objectives.kto_losses import apo_zero_unpaired, kl_estimate, kto_loss
 from jaxpost.objectives.logps import score_batch
 from jaxpost.objectives.sequences import exists, per_example, sequence_logps
-from jaxpost.options import one_of, option
+from jaxpost.options import check_choices, option
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
 MISMATCHED = "mismatched_"
@@ -32,12 +32,12 @@ class KTO(ObjectiveBase):
     """The objective; `label` [B, S] is 1 for desirable examples, `mismatched_*` are other rows of as many examples."""
 
     beta: float = option(0.1, "How close the policy stays to the reference; more is closer.")
-    loss_type: str = option("kto", f"Loss: {', '.join(LOSS_TYPES)}.")
+    loss_type: str = option("kto", f"Loss: {', '.join(LOSS_TYPES)}.", choices=LOSS_TYPES)
     desirable_weight: float = option(1.0, "Weight of the desirable completions.")
     undesirable_weight: float = option(1.0, "Weight of the undesirable completions.")
 
     def __post_init__(self) -> None:
-        one_of("loss_type", self.loss_type, LOSS_TYPES)
+        check_choices(self)
         for name in ("beta", "desirable_weight", "undesirable_weight"):
             if vars(self)[name] <= 0:
                 raise ConfigError(f"{name} is {vars(self)[name]}; it must be above 0")

@@ -27,7 +27,7 @@ from jaxpost.objectives.logps import TokenScores, next_tokens, score_tokens
 from jaxpost.objectives.online import OnlineBase, check_bounds, clip_metrics, sampling_difference
 from jaxpost.objectives.ppo_losses import KL_ESTIMATORS, controlled, gae, kl_estimate, value_losses, whitened
 from jaxpost.objectives.sequences import exists, mean_per_example, per_example, per_token
-from jaxpost.options import one_of, option
+from jaxpost.options import check_choices, option
 from jaxpost.sharding import path_of
 
 CRITIC = "critic"  # the first name of the paths of what belongs to the value model alone
@@ -58,7 +58,7 @@ class PPO(OnlineBase):
     gamma: float = option(1.0, "Discount of later rewards.")
     lam: float = option(0.95, "Lambda of generalised advantage estimation.")
     kl_coef: float = option(0.05, "Coefficient of the KL divergence from the reference; 0 for no reference.")
-    kl_estimator: str = option("k1", "Estimator of that divergence: k1 or k3.")
+    kl_estimator: str = option("k1", "Estimator of that divergence: k1 or k3.", choices=KL_ESTIMATORS)
     adap_kl_ctrl: bool = option(False, "Move kl_coef to keep the divergence of completions at target_kl.")
     target_kl: float = option(6.0, "Divergence that adap_kl_ctrl aims at, nats a completion.")
     horizon: float = option(10000.0, "Completions in which adap_kl_ctrl can change kl_coef by a fifth.")
@@ -78,7 +78,7 @@ class PPO(OnlineBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_choices(self)
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")

@@ -34,7 +34,7 @@ from jaxpost.objectives.online import (
     sampling_difference,
 )
 from jaxpost.objectives.sequences import exists, per_example
-from jaxpost.options import one_of, option
+from jaxpost.options import check_choices, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,15 @@ class RLOO(ClippedBase):
     beta: float = option(0.05, "Coefficient of the KL divergence from the reference, which is part of the reward.")
     normalize_advantages: bool = option(False, "Divide advantages by their deviation over the batch.")
     reward_clip_range: list[float] | None = option(None, "Least and greatest reward; null for no bounds.")
-    baseline: str = option("leave_one_out", "What rewards are compared with: leave_one_out, or batch (REINFORCE++).")
+    baseline: str = option(
+        "leave_one_out",
+        "What rewards are compared with: leave_one_out, or batch (REINFORCE++).",
+        choices=("leave_one_out", "batch"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("baseline", self.baseline, ("leave_one_out", "batch"))
+        check_choices(self)
         if self.beta < 0:
             raise ConfigError(f"beta is {self.beta}; it must not be negative")
         check_bounds("reward_clip_range", self.reward_clip_range)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jaxpost.metrics import Mean, masked_mean
 from jaxpost.objectives.base import Batch, Model, ObjectiveBase
 from jaxpost.objectives.logps import score_batch
-from jaxpost.options import one_of, option
+from jaxpost.options import check_choices, option
 
 LOSS_TYPES = ("nll", "dft")
 
@@ -32,10 +32,12 @@ def token_losses(logps: Float[Array, "B T"], loss_type: str) -> Float[Array, "B 
 class SFT(ObjectiveBase):
     """The objective; rows are `tokens, positions, segments, loss_mask`."""
 
-    loss_type: str = option("nll", "Loss of a token: nll, or dft (weighted by its own probability).")
+    loss_type: str = option(
+        "nll", "Loss of a token: nll, or dft (weighted by its own probability).", choices=LOSS_TYPES
+    )
 
     def __post_init__(self) -> None:
-        one_of("loss_type", self.loss_type, LOSS_TYPES)
+        check_choices(self)
 
     @property
     def needs_reference(self) -> bool:

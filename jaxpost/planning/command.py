@@ -17,7 +17,7 @@ from jaxpost.methods import Method, changed_fields
 from jaxpost.models.checkpoint import open_checkpoint, read_json
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.families import read_config
-from jaxpost.options import option, part_of
+from jaxpost.options import Group, option, part_of
 from jaxpost.planning.chips import KNOWN, Topology, parse_topology
 from jaxpost.planning.fit import candidates, smaller
 from jaxpost.planning.prediction import Prediction, predict
@@ -30,6 +30,8 @@ from jaxpost.sharding import make_mesh
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """What a plan is for, beside the flags of the run."""
+
+    help_group = Group.PLAN
 
     topology: str | None = option(None, f"Chips to plan for, e.g. {KNOWN}.")
     prompt_length: int = option(512, "Tokens of a prompt, of methods that sample.")

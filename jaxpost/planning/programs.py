@@ -13,6 +13,7 @@ from jaxpost.errors import ConfigError
 from jaxpost.methods import Method, suited_to
 from jaxpost.models.actor_critic import trainable_of
 from jaxpost.models.config import ModelConfig
+from jaxpost.models.lora_config import LoraConfig
 from jaxpost.offline import Run
 from jaxpost.online import Appraisal
 from jaxpost.options import part_of
@@ -83,7 +84,16 @@ class Planned(NamedTuple):
     programs: list[Program]
 
 
-def planned(method: Method, args: Any, config: ModelConfig, mesh: Mesh, prompt_length: int) -> Planned:
+def planned(
+    method: Method,
+    args: Any,
+    config: ModelConfig,
+    mesh: Mesh,
+    prompt_length: int,
+    *,
+    adapter: LoraConfig | None = None,
+    rows: dict[str, np.ndarray] | None = None,
+) -> Planned:
     """The programs of a run on the mesh, which is set (jax.set_mesh).
 
     Args:
@@ -91,9 +101,11 @@ def planned(method: Method, args: Any, config: ModelConfig, mesh: Mesh, prompt_l
         config: of its model.
         mesh: of devices that may not be here.
         prompt_length: tokens of each prompt, of methods that sample.
+        adapter: that is trained, where the flags do not say so.
+        rows: a batch of rows from disk; by default a full one.
     """
     args = suited_to(args, config)
-    quantization, lora = args.quantization(), args.lora_config() if args.use_peft else None
+    quantization, lora = args.quantization(), args.lora_config() if args.use_peft and adapter is None else adapter
     if quantization is not None and lora is None:
         raise ConfigError("kernels in few bits cannot be trained themselves; add --use_peft")
     critic = args.value_model if method.has_critic else None
@@ -111,33 +123,30 @@ def planned(method: Method, args: Any, config: ModelConfig, mesh: Mesh, prompt_l
     if objective.needs_reference and not args.precompute_ref_log_probs:
         reference = abstract_reference(config, mesh, has_adapter=lora is not None, **common)
     run = Run(objective, graphdef, reference, lambda state, batch: batch, 0)
-    feed = _online if method.is_online else _offline
-    batch, num_micro, programs = feed(method, args, run, state, mesh, prompt_length)
-    step = make_step(
-        objective,
-        graphdef,
-        state,
-        optimizer,
-        schedule,
-        max_grad_norm=args.max_grad_norm,
-        num_micro_batches=num_micro,
-    )
+    if method.is_online:
+        batch, num_micro, programs = _online(args, run, state, mesh, prompt_length)
+    else:
+        rows = offline_batch(method, args, batch_groups(mesh)) if rows is None else rows
+        batch, num_micro, programs = _offline(args, run, state, mesh, rows)
+    options = {"max_grad_norm": args.max_grad_norm, "num_micro_batches": num_micro}
+    step = make_step(objective, graphdef, state, optimizer, schedule, **options)
     programs = [Program(STEP, lambda: step.lower(state, batch)), *programs]
     if method.is_online:
         policy = abstract_model(config, mesh, **common)
         programs += _sampling(policy, args, mesh, prompt_length)
     arrays = None if reference is None else reference.arrays
     num_tokens = int(np.prod(batch["tokens"].shape))
-    length = prompt_length + args.max_completion_length if method.is_online else args.max_length
+    whole = int(batch["tokens"].shape[-1])
+    length = prompt_length + args.max_completion_length if method.is_online else args.max_length or whole
     return Planned(args, mesh, config, state, arrays, batch, num_tokens, length, programs)
 
 
 def _offline(
-    method: Method, args: Any, run: Run, state: TrainState, mesh: Mesh, _: int
+    args: Any, run: Run, state: TrainState, mesh: Mesh, rows: dict[str, np.ndarray]
 ) -> tuple[Any, int, list[Program]]:
     """The batch of a step, its micro-batches, and what is asked before it."""
     num_micro = args.gradient_accumulation_steps
-    batch, arrays = rows_on_mesh(offline_batch(method, args, batch_groups(mesh)), mesh), _arrays(run.reference)
+    batch, arrays = rows_on_mesh(rows, mesh), _arrays(run.reference)
 
     def annotate(state: TrainState, arrays: Any, batch: Any) -> Any:
         reference = None if run.reference is None else run.reference._replace(arrays=arrays)
@@ -152,9 +161,7 @@ def _arrays(reference: Reference | None) -> Any:
     return None if reference is None else reference.arrays
 
 
-def _online(
-    method: Method, args: Any, run: Run, state: TrainState, mesh: Mesh, prompt_length: int
-) -> tuple[Any, int, list[Program]]:
+def _online(args: Any, run: Run, state: TrainState, mesh: Mesh, prompt_length: int) -> tuple[Any, int, list[Program]]:
     """Likewise, of the rows of a generation."""
     numbers = _rollout_plan(args, mesh)
     num_rewards = max(1, len(args.reward_funcs or ()) + len(args.reward_models))

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxpost.errors import ConfigError
-from jaxpost.options import option
+from jaxpost.options import Group, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How completions are sampled; what a generation is learned from, a part that adds to this says."""
+
+    help_group = Group.COMPLETIONS
 
     num_generations: int = option(1, "Completions of each prompt.")
     steps_per_generation: int | None = option(
@@ -72,6 +74,8 @@ class GenerationConfig:
 class RolloutConfig(GenerationConfig):
     """What is said of methods that compare completions of a prompt; names and defaults are TRL's."""
 
+    help_group = Group.COMPLETIONS
+
     num_generations: int = option(8, "Completions of each prompt that are compared with each other.")
     num_iterations: int = option(1, "How often the completions of one generation are learned from.")
     rollout_func: str | None = option(
@@ -104,6 +108,8 @@ class RolloutConfig(GenerationConfig):
 @dataclass(frozen=True, kw_only=True)
 class EpochsConfig(GenerationConfig):
     """What is said of methods that pass over each generation several times; names and defaults are TRL's."""
+
+    help_group = Group.COMPLETIONS
 
     num_ppo_epochs: int = option(4, "How often the completions of one generation are learned from.")
     num_mini_batches: int = option(

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpost.errors import ConfigError, RewardError
-from jaxpost.options import nearest, option
+from jaxpost.options import Group, nearest, option
 from jaxpost.rl.builtin_rewards import FACTORIES, FUNCTIONS, accuracy_reward, builtin
 from jaxpost.rl.reward_runner import Failure, Process, Runner, Thread
 from jaxpost.rl.reward_worker import Source, name_of
@@ -32,6 +32,8 @@ LEAST_SECONDS = 1.0  # that a single completion is given
 @dataclass(frozen=True, kw_only=True)
 class RewardFunctionsConfig:
     """Which rewards there are, and how they may fail."""
+
+    help_group = Group.REWARDS
 
     reward_funcs: list[str] | None = option(
         None, f"Rewards: file.py:function, or built in: {', '.join((*FUNCTIONS, *FACTORIES))}; name(option=value)."

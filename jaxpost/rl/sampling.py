@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxpost.errors import ConfigError
-from jaxpost.options import option
+from jaxpost.options import Group, option
 
 CHUNKS = 256  # the vocabulary is searched in about so many parts
 
@@ -21,6 +21,8 @@ CHUNKS = 256  # the vocabulary is searched in about so many parts
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How tokens are drawn; names and defaults of transformers and TRL."""
+
+    help_group = Group.COMPLETIONS
 
     temperature: float = option(1.0, "Softmax temperature; 0 is greedy.")
     top_k: int = option(0, "Draw from so many of the most probable tokens; 0 for all.")

@@ -5,15 +5,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxpost.errors import ConfigError
-from jaxpost.options import one_of, option
+from jaxpost.options import Group, check_choices, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When to save, and whether to continue."""
 
+    help_group = Group.CHECKPOINTS
+
     save_strategy: str = option(
-        "steps", "Save never (no), every save_steps (steps) or after each epoch (epoch).", may_change=True
+        "steps",
+        "Save never (no), every save_steps (steps) or after each epoch (epoch).",
+        choices=("no", "steps", "epoch"),
+        may_change=True,
     )
     save_steps: int = option(500, "Steps between checkpoints.", may_change=True)
     checkpoint_dir: str | None = option(
@@ -43,7 +48,7 @@ class CheckpointConfig:
     )
 
     def __post_init__(self) -> None:
-        one_of("save_strategy", self.save_strategy, ("no", "steps", "epoch"))
+        check_choices(self)
         for name in ("save_steps", "save_total_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

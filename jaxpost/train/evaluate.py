@@ -14,7 +14,7 @@ from jaxpost.data.loader import Loader
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Metric, Tally
 from jaxpost.objectives.base import Batch, Objective
-from jaxpost.options import one_of, option
+from jaxpost.options import Group, check_choices, option
 from jaxpost.processes import check, fetch
 from jaxpost.sharding import put
 from jaxpost.train.reference import Reference
@@ -26,14 +26,19 @@ from jaxpost.train.step import make_annotate
 class EvalConfig:
     """When to evaluate."""
 
+    help_group = Group.EVALUATION
+
     eval_strategy: str = option(
-        "no", "Evaluate never (no), every eval_steps (steps) or after each epoch (epoch).", may_change=True
+        "no",
+        "Evaluate never (no), every eval_steps (steps) or after each epoch (epoch).",
+        choices=("no", "steps", "epoch"),
+        may_change=True,
     )
     eval_steps: int | None = option(None, "Steps between evaluations; logging_steps by default.", may_change=True)
     eval_on_start: bool = option(False, "Also evaluate before the first step.", may_change=True)
 
     def __post_init__(self) -> None:
-        one_of("eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))
+        check_choices(self)
         if self.eval_steps is not None and self.eval_steps < 1:
             raise ConfigError(f"eval_steps is {self.eval_steps}; it must be at least 1")
 

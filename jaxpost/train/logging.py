@@ -17,9 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Column
 
 from jaxpost.errors import CheckpointError, ConfigError
-from jaxpost.options import one_of, option
+from jaxpost.options import Group, check_choices, option
 
 METRICS_FILE = "metrics.jsonl"
+REPORTERS = ("tensorboard", "wandb", "trackio", "none")
 _NOT_JSON = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # float() reads them back
 
 
@@ -31,11 +32,16 @@ class LoggingConfig:
         ConfigError: a value is out of its range, or the package of a `report_to` is not installed.
     """
 
+    help_group = Group.LOGGING
+
     output_dir: str | None = option(None, "Folder for everything that the run writes.", may_change=True)
     logging_steps: int = option(10, "Log every so many steps.", may_change=True)
     logging_first_step: bool = option(False, "Also log step 1.", may_change=True)
     report_to: list[str] = option(
-        ["tensorboard"], "Copies of metrics.jsonl: tensorboard, wandb, trackio; or none.", may_change=True
+        ["tensorboard"],
+        "Copies of metrics.jsonl: tensorboard, wandb, trackio; or none.",
+        choices=REPORTERS,
+        may_change=True,
     )
     disable_tqdm: bool = option(False, "Plain log lines instead of the progress bar.", may_change=True)
     run_name: str | None = option(
@@ -43,6 +49,7 @@ class LoggingConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.logging_steps < 1 or self.logging_steps != int(self.logging_steps):
             raise ConfigError(f"logging_steps is {self.logging_steps}; it takes a whole number from 1")
         for name in self.reporters():
@@ -50,9 +57,8 @@ class LoggingConfig:
                 raise ConfigError(f"report_to {name} needs a package: pip install 'jaxpost[{name}]'")
 
     def reporters(self) -> list[str]:
-        """`report_to` without "none", checked; a bare string is a list of one."""
+        """`report_to` without "none"; a bare string is a list of one."""
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
-        names = [one_of("report_to", name, ("tensorboard", "wandb", "trackio", "none")) for name in names]
         if "none" in names and len(names) > 1:
             raise ConfigError(f"report_to is {' '.join(names)}; none stands alone")
         return [name for name in names if name != "none"]

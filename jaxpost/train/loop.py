@@ -10,7 +10,7 @@ from jaxpost import watch
 from jaxpost.errors import ConfigError, PreemptedError
 from jaxpost.metrics import Metric
 from jaxpost.objectives.base import Batch
-from jaxpost.options import option
+from jaxpost.options import Group, option
 from jaxpost.processes import told_to_stop
 from jaxpost.train.meter import Log, Meter, Pending, Schedule
 from jaxpost.train.state import TrainState
@@ -22,6 +22,8 @@ LENGTHS = ("num_train_epochs", "max_steps")  # the fields that say when to stop
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long to train."""
+
+    help_group = Group.OPTIMISATION
 
     num_train_epochs: float = option(3.0, "Passes over the data; max_steps overrides it.")
     max_steps: int = option(-1, "Optimizer steps; -1 to go by num_train_epochs.")

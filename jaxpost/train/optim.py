@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxpost.errors import ConfigError
-from jaxpost.options import one_of, option
+from jaxpost.options import Group, check_choices, option
 from jaxpost.sharding import path_of
 from jaxpost.train.moments import adam_8bit, adam_bf16, is_matrix, scale_by_adafactor
 from jaxpost.train.schedule import SCHEDULES, check_number, learning_rate_schedule, schedule_kwargs
@@ -35,7 +35,11 @@ class OptimConfig:
         ConfigError: a value is out of its range; the message names the field.
     """
 
-    optim: str = option("adamw", f"Optimizer: {', '.join(OPTIMIZERS)}; or transformers' name of one.")
+    help_group = Group.OPTIMISATION
+
+    optim: str = option(
+        "adamw", f"Optimizer: {', '.join(OPTIMIZERS)}; or transformers' name of one.", choices=(*OPTIMIZERS, *ALIASES)
+    )
     learning_rate: float = option(5e-5, "Peak learning rate.")
     weight_decay: float = option(0.0, "Decoupled weight decay; biases and norm scales are left out.")
     adam_beta1: float = option(0.9, "Decay of the first moment of AdamW and Lion.")
@@ -48,7 +52,7 @@ class OptimConfig:
         None, "LoRA+: the learning rate of LoRA's second factors (lora_b), as a multiple of learning_rate."
     )
     max_grad_norm: float | None = option(1.0, "Gradients are scaled down to this global norm; 0 turns clipping off.")
-    lr_scheduler_type: str = option("linear", f"Learning-rate schedule: {', '.join(SCHEDULES)}.")
+    lr_scheduler_type: str = option("linear", f"Learning-rate schedule: {', '.join(SCHEDULES)}.", choices=SCHEDULES)
     lr_scheduler_kwargs: str | None = option(
         None, """The schedule's own options as JSON, e.g. '{"min_lr_rate": 0.1}'."""
     )
@@ -56,7 +60,7 @@ class OptimConfig:
     warmup_ratio: float | None = option(None, "Warm-up as a fraction of all steps (the older name).")
 
     def __post_init__(self) -> None:
-        one_of("optim", self.optim, (*OPTIMIZERS, *ALIASES))
+        check_choices(self)
         check_number("learning_rate", self.learning_rate)
         check_number("weight_decay", self.weight_decay)
         check_number("adam_beta1", self.adam_beta1, below=1.0)
@@ -81,7 +85,6 @@ class OptimConfig:
             check_number("warmup_ratio", self.warmup_ratio, most=1.0)
             if self.warmup_steps and self.warmup_ratio:
                 raise ConfigError("warmup_steps and warmup_ratio both set the warm-up; remove one of them")
-        one_of("lr_scheduler_type", self.lr_scheduler_type, tuple(SCHEDULES))
         schedule_kwargs(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate)
 
     @property

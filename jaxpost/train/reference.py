@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost.errors import ConfigError
-from jaxpost.options import option
+from jaxpost.options import Group, option
 from jaxpost.train.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     """Which model is the reference; TRL's names and defaults."""
+
+    help_group = Group.REFERENCE
 
     ref_model_name_or_path: str | None = option(
         None,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpost.errors import ConfigError
-from jaxpost.options import option
+from jaxpost.options import Group, option
 
 KEPT = 0.98  # what a norm counts after another step
 LEAST_SEEN = 20  # norms before any is called a spike
@@ -19,6 +19,8 @@ LEAST_SEEN = 20  # norms before any is called a spike
 @dataclass(frozen=True, kw_only=True)
 class SpikeConfig:
     """Which steps are left out."""
+
+    help_group = Group.OPTIMISATION
 
     skip_spikes: float | None = option(
         None,

@@ -133,8 +133,8 @@ def test_predicted_memory_is_what_the_step_takes_on_this_machine(tmp_path):
         prediction = predict(plan, parse_topology("v5e:2x4"))
         (step,) = prediction.programs
     held = sum(prediction.memory[name] for name in ("parameters", "optimizer", "batch"))
-    assert held == pytest.approx(step.arguments, rel=0.1)
-    assert prediction.needed == pytest.approx(step.arguments + step.temporaries, rel=0.1)
+    assert held == pytest.approx(step.compiled.arguments, rel=0.1)
+    assert prediction.needed == pytest.approx(step.compiled.arguments + step.compiled.temporaries, rel=0.1)
     assert prediction.num_tokens == 8 * 2 * 64
     flops = 8 * step.cost.flops / prediction.model_flops
     assert 1 < flops < 2.5  # recomputation, and the upper half of the scores

@@ -37,6 +37,7 @@ from jaxpost.processes import is_main, join
 from jaxpost.ref_model import load_reference
 from jaxpost.rl.rollout_func import RolloutFunction
 from jaxpost.sharding import batch_groups, make_mesh, shardings
+from jaxpost.speed import work_of
 from jaxpost.train.checkpoint import Checkpoints, Restored
 from jaxpost.train.checksum import checksums
 from jaxpost.train.evaluate import ComputeMetrics
@@ -179,6 +180,7 @@ class Trainer:
                             checkpoints=checkpoints,
                             schedule=self._schedule(total),
                             log=log,
+                            work=work_of(self.base.config, self.mesh, is_frozen=active_config(self.policy) is not None),
                         )
                     state, best = loop.fit(state, facts), {}
                     with phase("save"):

@@ -170,7 +170,8 @@ class Trainer:
                     annotate, step = self._programs(graphdef, state, optimizer, schedule)
                 with self._log(total, int(state.step)) as log:
                     checkpoints.tell = log.message
-                    run = Run(self.objective, graphdef, self.reference, annotate, int(state.step), kept)
+                    given = (self.objective, graphdef, self.reference, annotate, int(state.step), kept)
+                    run = Run(*given, show=log.sample)
                     with phase("compile"):
                         loop = Loop(
                             source=self.feed.source(run, state, step),

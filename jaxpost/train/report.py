@@ -5,39 +5,17 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxpost.train.logging import METRICS_FILE, complete_rows
+from jaxpost.train.panels import PANELS, Panel, matching
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class Panel(NamedTuple):
-    """One plot: its title, its y label with the unit, a pattern of whole metric names, whether the values scatter."""
-
-    title: str
-    label: str
-    names: str
-    noisy: bool = True
-
-
-_PANELS = (
-    Panel("Loss", "loss", r"loss"),
-    Panel("Learning rate", "learning rate", r"learning_rate", noisy=False),
-    Panel("Gradient norm, before clipping", "L2 norm", r"grad_norm"),
-    Panel("Speed", "tokens / s", r"tokens_per_second"),
-    Panel("Accuracy", "fraction", r"mean_token_accuracy|rewards/accuracies|accuracy"),
-    Panel("Entropy", "nats / token", r"entropy"),
-    Panel(
-        "Rewards", "reward", r"reward|rewards/(chosen|rejected|margins)|rewards/.+/mean|(min|mean|max)_reward|margin"
-    ),
-    Panel("Spread of rewards", "standard deviation", r"reward_std|rewards/.+/std"),
-    Panel("KL to the reference", "nats", r"kl|objective/kl"),
-    Panel("Completion length", "tokens", r"completions/(min|mean|max)_length"),
-)
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5e5e5e")  # Okabe and Ito's
 _SMOOTH_FROM = 60  # points
 _SECRET = r"(?i:(hub|api|auth|access)[_-]?(token|key)|password|secret)"
@@ -57,7 +35,7 @@ def write_curves(output_dir: Path, title: str | None = None) -> Path | None:
     from matplotlib.figure import Figure
 
     series = _series(output_dir)
-    panels = [(panel, names) for panel in _PANELS if (names := _matching(panel, series))]
+    panels = [(panel, names) for panel in PANELS if (names := matching(panel, series))]
     if not panels:
         return None
     columns = min(len(panels), 2 if len(panels) <= 4 else 3)
@@ -92,11 +70,6 @@ def _series(output_dir: Path) -> dict[str, Points]:
             steps.append(row["step"])
             values.append(float(value))
     return series
-
-
-def _matching(panel: Panel, series: dict[str, Points]) -> list[str]:
-    """The metrics of a panel, those of evaluations (`eval_`, `eval_<dataset>_`) among them."""
-    return [name for name in series if re.fullmatch(rf"(eval_(.+_)?)?({panel.names})", name)]
 
 
 def _draw(ax: "Axes", panel: Panel, series: dict[str, Points]) -> None:

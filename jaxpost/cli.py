@@ -38,6 +38,7 @@ USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
   preview    show what a method would train on: jaxpost preview dpo with its flags
   plan       whether a run fits chips that are not here, and how fast it may be: jaxpost plan sft with its flags and
              --topology v5e:16x16
+  report     one page on one run or several, side by side: jaxpost report RUN [RUN ...] --output_file report.html
 
 jaxpost <command> --help lists its flags."""
 
@@ -113,8 +114,13 @@ def _run(command: str, flags: list[str]) -> int:
         method = METHODS[one_of("plan", flags[0] if flags else "", tuple(METHODS))]
         run_plan(method, parse(plan_config(method), f"plan {method.name}", flags[1:]))
         return 0
+    if command == "report":
+        from jaxpost.reporting.command import ReportConfig, run_report, with_runs
+
+        run_report(parse(ReportConfig, command, with_runs(flags)))
+        return 0
     if command not in METHODS:
-        known = (*METHODS, "generate", "export", "evaluate", "preview", "plan")
+        known = (*METHODS, "generate", "export", "evaluate", "preview", "plan", "report")
         raise ConfigError(f"unknown command {command!r}{nearest(command, known)}; known: {', '.join(known)}")
     trainer = Trainer(METHODS[command], args=parse(METHODS[command].config, command, flags))
     trainer.train()

@@ -14,7 +14,7 @@ FLOOR = {
     **dict.fromkeys(["train", "encode"], 4),
     **dict.fromkeys(["methods", "base_model", "ref_model", "value_model", "speed"], 5),
     **dict.fromkeys(["pipeline", "scoring"], 6),
-    **dict.fromkeys(["generate", "export", "preview", "evaluate", "offline", "reward_model"], 7),
+    **dict.fromkeys(["generate", "export", "preview", "evaluate", "offline", "reward_model", "reporting"], 7),
     "online": 8,
     **dict.fromkeys(["trainer", "plan"], 9),
     "planning": 9,

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-EVAL = r"eval_(?:.+_)?"  # evaluation, of one of several datasets
+EVAL = r"eval_(?:.+?_)??"  # evaluation, of one of several datasets
 BEST_FROM = {"least": min, "most": max}
 _NO_BEST = r"rewards/rejected|min_reward|max_reward"
 

@@ -10,6 +10,7 @@ def test_evaluations_belong_to_the_panel_of_their_metric():
     assert matching(PANELS[0], names) == ["loss", "eval_loss", "eval_other_loss"]
     assert [base_name(name) for name in names] == ["loss"] * 3 + ["loss/value_avg", "aux_loss", "evaluation_time"]
     assert base_name("eval_rewards/f/mean") == "rewards/f/mean" and base_name("eval_unknown") == "unknown"
+    assert base_name("eval_mean_token_accuracy") == base_name("eval_other_mean_token_accuracy") == "mean_token_accuracy"
 
 
 @pytest.mark.parametrize(

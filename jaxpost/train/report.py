@@ -99,7 +99,7 @@ def _draw(ax: "Axes", panel: Panel, series: dict[str, Points]) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#999999")
     if len(series) > 1:
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8, framealpha=0.8, edgecolor="none")
 
 
 def running_mean(steps: Sequence[int] | np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -56,6 +56,12 @@ COMMANDS: dict[str, Command] = {
         "jaxpost.planning.command:run_plan",
         config="jaxpost.planning.command:plan_config",
     ),
+    "report": Runs(
+        "one page on one run or several, side by side: jaxpost report RUN [RUN ...] --output_file report.html",
+        "jaxpost.reporting.command:ReportConfig",
+        "jaxpost.reporting.command:run_report",
+        takes="runs",
+    ),
     "completion": Completes(lambda: COMMANDS),
 }
 

@@ -72,17 +72,37 @@ class Runs:
         about: what it does.
         config: class of its flags.
         run: function of an instance of it.
+        takes: the flag whose values may stand without it.
     """
 
     about: str
     config: str
     run: str
+    takes: str | None = None
 
     def subcommands(self) -> tuple[str, ...]:
         return ()
 
     def opened(self, name: str, words: list[str]) -> Action:
+        words = words if self.takes is None else behind(f"--{self.takes}", words)
         return Action(name, (resolve_name(self.config),), resolve_name(self.run), words)
+
+
+def behind(flag: str, words: list[str]) -> list[str]:
+    """Words with those that follow no flag behind this one; every other flag takes one word."""
+    own: list[str] = []
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == flag:
+            continue
+        if not word.startswith("-"):
+            own.append(word)
+            continue
+        rest.append(word)
+        if "=" not in word and word not in HELP:
+            rest += [value for value in [next(left, None)] if value is not None]
+    return [flag, *own, *rest] if own else rest
 
 
 @dataclass(frozen=True)

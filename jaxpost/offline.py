@@ -34,6 +34,7 @@ class Run(NamedTuple):
         annotate: the compiled annotation of a step's batch.
         start: steps that are done already.
         kept: what the source has kept of the batches that the next step goes on with.
+        show: (prompt, completion, reward by function) -> None: lets the user see a completion.
     """
 
     objective: Any
@@ -42,6 +43,7 @@ class Run(NamedTuple):
     annotate: Callable[[TrainState, Batch], Batch]
     start: int
     kept: Sequence[Batch] = ()
+    show: Callable[[Any, Any, Mapping[str, float]], None] = lambda prompt, completion, rewards: None
 
 
 class Read(NamedTuple):

@@ -198,6 +198,9 @@ class Online:
             columns |= {"completion": answers.texts}
             columns |= {name: _known(values) for name, values in zip(self.rewards.names, rewards, strict=True)}
             recorder(step, columns | answers.scored.columns | {"advantage": advantages.tolist()})
+            shown = step % len(answers.texts)
+            known = {name: columns[name][shown] for name in self.rewards.names if columns[name][shown] is not None}
+            run.show(columns["prompt"][shown], answers.texts[shown], known)
 
         return Rollouts(
             self.prompts,

@@ -37,6 +37,7 @@ from jaxpost.processes import is_main, join
 from jaxpost.ref_model import load_reference
 from jaxpost.rl.rollout_func import RolloutFunction
 from jaxpost.sharding import batch_groups, make_mesh, shardings
+from jaxpost.speed import work_of
 from jaxpost.train.checkpoint import Checkpoints, Restored
 from jaxpost.train.checksum import checksums
 from jaxpost.train.evaluate import ComputeMetrics
@@ -169,7 +170,8 @@ class Trainer:
                     annotate, step = self._programs(graphdef, state, optimizer, schedule)
                 with self._log(total, int(state.step)) as log:
                     checkpoints.tell = log.message
-                    run = Run(self.objective, graphdef, self.reference, annotate, int(state.step), kept)
+                    given = (self.objective, graphdef, self.reference, annotate, int(state.step), kept)
+                    run = Run(*given, show=log.sample)
                     with phase("compile"):
                         loop = Loop(
                             source=self.feed.source(run, state, step),
@@ -179,6 +181,7 @@ class Trainer:
                             checkpoints=checkpoints,
                             schedule=self._schedule(total),
                             log=log,
+                            work=work_of(self.base.config, self.mesh, is_frozen=active_config(self.policy) is not None),
                         )
                     state, best = loop.fit(state, facts), {}
                     with phase("save"):

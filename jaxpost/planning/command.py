@@ -12,13 +12,13 @@ import yaml
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jaxpost.chips import KNOWN, Topology, parse_topology
 from jaxpost.errors import ConfigError, one_line
 from jaxpost.methods import Method, changed_fields
 from jaxpost.models.checkpoint import open_checkpoint, read_json
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.families import read_config
 from jaxpost.options import Group, option, part_of
-from jaxpost.planning.chips import KNOWN, Topology, parse_topology
 from jaxpost.planning.fit import candidates, smaller
 from jaxpost.planning.prediction import Prediction, predict
 from jaxpost.planning.programs import planned

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxpost.chips import Topology
 from jaxpost.errors import ConfigError, one_line
-from jaxpost.planning.chips import Topology
 
 # A machine with a TPU would be asked which it has, and one without warns that it cannot be; plans may run side by side.
 TPU_SETTINGS = {

@@ -4,20 +4,18 @@ import importlib.util
 import json
 import os
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
 
 from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.options import Group, check_choices, option
+from jaxpost.train.history import History
+from jaxpost.train.screen import Bar, Lines
 
 METRICS_FILE = "metrics.jsonl"
 REPORTERS = ("tensorboard", "wandb", "trackio", "none")
@@ -68,7 +66,7 @@ class RunLog:
     """The run's record. Only the main process writes or speaks; elsewhere every call does nothing.
 
     Args:
-        output_dir: gets metrics.jsonl and, for TensorBoard, runs/.
+        output_dir: gets metrics.jsonl, history.jsonl and, for TensorBoard, runs/.
         config: what to report.
         total_steps: number of updates in the whole run.
         start_step: the step to resume from; later rows of metrics.jsonl are dropped, as they will be made again.
@@ -89,8 +87,9 @@ class RunLog:
         is_main: bool = True,
         console: Console | None = None,
     ):
-        self._sinks: list[_JsonLines | _TensorBoard | _Tracker | _Bar | _Lines] = []
-        self._screen: _Bar | _Lines | None = None
+        self._sinks: list[_JsonLines | _TensorBoard | _Tracker | Bar | Lines] = []
+        self._screen: Bar | Lines | None = None
+        self._history: History | None = None
         if not is_main:
             return
         try:
@@ -101,12 +100,13 @@ class RunLog:
                 else:
                     self._sinks.append(_Tracker(reporter, config.run_name or output_dir.resolve().name, start_step))
             self._sinks.insert(0, _JsonLines(output_dir / METRICS_FILE, start_step))
+            self._history = History(output_dir, start_step, total_steps, type(config).__name__)
         except OSError as error:
             raise ConfigError(f"output_dir {output_dir} cannot be written ({error.strerror}); choose another") from None
         # FORCE_COLOR and its kin must not put a bar into a file.
         console = console or Console(force_terminal=None if sys.stdout.isatty() else False)
         drawable = console.is_terminal and console.is_interactive and not config.disable_tqdm
-        self._screen = _Bar(console, config.run_name, total_steps, start_step) if drawable else _Lines(total_steps)
+        self._screen = Bar(console, config.run_name, total_steps, start_step) if drawable else Lines(total_steps)
         self._sinks.append(self._screen)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -122,8 +122,15 @@ class RunLog:
 
     def progress(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
         """Move the bar to `step`; cheap enough for every step, as the screen is drawn twice a second at most."""
+        if self._history is not None:
+            self._history.progress(int(step))
         if self._screen is not None:
             self._screen.progress(int(step), loss, tokens_per_second)
+
+    def sample(self, prompt: Any, completion: Any, rewards: Mapping[str, float]) -> None:
+        """Let the user see a completion, with its reward by each function; a terminal shows one now and then."""
+        if self._screen is not None:
+            self._screen.sample(prompt, completion, rewards)
 
     def message(self, text: str) -> None:
         """Tell the user something, without breaking the bar."""
@@ -139,7 +146,9 @@ class RunLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._history is not None:
+            self._history.end(error)
         self.close()
 
 
@@ -227,84 +236,3 @@ class _Tracker:
 def _tagged(metrics: dict[str, float]) -> dict[str, float]:
     """Names as transformers gives them to trackers: train/loss, eval/loss."""
     return {f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}": metrics[name] for name in metrics}
-
-
-class _Bar:
-    """A progress bar on a terminal."""
-
-    def __init__(self, console: Console, name: str | None, total_steps: int, start_step: int):
-        fixed, wide = Column(no_wrap=True), console.width >= 100
-        self._unit = "tokens/s" if wide else "tok/s"
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False, style="bold"),
-            BarColumn(bar_width=None, table_column=Column(min_width=6)),
-            TextColumn("{task.completed}/{task.total}", style="green", table_column=fixed),
-            TextColumn("{task.fields[loss]}", table_column=fixed),
-            TextColumn("{task.fields[speed]}", style="cyan", table_column=fixed),
-            TimeElapsedColumn(table_column=fixed),
-            TextColumn("elapsed" if wide else "<", style="dim", table_column=fixed),
-            TimeRemainingColumn(table_column=fixed),
-            TextColumn("left" if wide else "", style="dim", table_column=fixed),
-            console=console,
-            expand=True,
-            refresh_per_second=2,
-            speed_estimate_period=600,  # a step of a large model can take minutes
-        )
-        name = name or "train"
-        self._task = self._progress.add_task(name, completed=start_step, total=total_steps, loss="", speed="")
-        self._progress.start()
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        if any(name.startswith("eval_") for name in metrics):  # the bar shows the training loss only
-            self.message(_line(step, metrics))
-
-    def progress(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
-        fields = {}
-        if loss is not None:
-            fields["loss"] = f"loss {loss:#.4g}"
-        if tokens_per_second is not None:
-            fields["speed"] = f"{tokens_per_second:,.0f} {self._unit}"
-        self._progress.update(self._task, completed=step, **fields)
-
-    def message(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-class _Lines:
-    """Plain lines, one for every log: for files, pipes and notebooks."""
-
-    def __init__(self, total_steps: int):
-        self._total_steps = total_steps
-        self._start = time.monotonic()
-        self._first: tuple[int, float] | None = None  # the first step seen; compilation lies before it
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.progress(step, None, None)
-        assert self._first is not None
-        now, (first_step, first_time) = time.monotonic(), self._first
-        line = _line(f"{step}/{self._total_steps}", metrics) + f"  elapsed {timedelta(seconds=int(now - self._start))}"
-        if step > first_step:
-            left = (self._total_steps - step) * (now - first_time) / (step - first_step)
-            line += f"  left {timedelta(seconds=int(left))}"
-        self.message(line)
-
-    def progress(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
-        if self._first is None:
-            self._first = (step, time.monotonic())
-
-    def message(self, text: str) -> None:
-        print(text, flush=True)
-
-    def close(self) -> None:
-        pass
-
-
-def _line(step: int | str, metrics: dict[str, float]) -> str:
-    words = [f"step {step}"]
-    for name, value in metrics.items():
-        whole = abs(value) < 1e15 and (abs(value) >= 1e3 or value == int(value))
-        words.append(f"{name} {value:.0f}" if whole else f"{name} {value:.4g}")
-    return "  ".join(words)

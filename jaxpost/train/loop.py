@@ -12,7 +12,7 @@ from jaxpost.metrics import Metric
 from jaxpost.objectives.base import Batch
 from jaxpost.options import Group, option
 from jaxpost.processes import told_to_stop
-from jaxpost.train.meter import Log, Meter, Pending, Schedule
+from jaxpost.train.meter import NOTHING_KNOWN, Log, Meter, Pending, Schedule, Work
 from jaxpost.train.state import TrainState
 from jaxpost.train.step import StepReport
 
@@ -112,6 +112,7 @@ class Loop:
         checkpoints: where states are kept.
         schedule: which steps log, evaluate and save.
         log: receives metrics.
+        work: what there is to do, which speed is compared with.
     """
 
     source: Source
@@ -121,6 +122,7 @@ class Loop:
     checkpoints: Saves
     schedule: Schedule
     log: Log
+    work: Work = NOTHING_KNOWN
 
     def fit(self, state: TrainState, facts: Mapping[str, Any] | None = None) -> TrainState:
         """Train from `state.step` to `schedule.total_steps`.
@@ -148,7 +150,7 @@ class _Fit:
         self.start = self.done = int(state.step)
         self.owes_evaluation: bool = facts.pop("owes_evaluation", False)  # of the state as it is
         self.pending: Pending | None = None
-        self.meter = Meter(loop.schedule, loop.log)
+        self.meter = Meter(loop.schedule, loop.log, loop.work)
         if facts:
             self.meter.resume(facts)
 
@@ -199,16 +201,22 @@ class _Fit:
         if not (evaluates or saves or done == schedule.total_steps):
             return
         self._read()
-        paused, metrics = time.perf_counter(), {}
+        began, metrics = time.perf_counter(), {}
         if loop.evaluate is not None and evaluates:
             self.owes_evaluation = True
             with watch.phase("evaluate"):
                 metrics = loop.evaluate(self.state)
             loop.log.log(done, {"epoch": done / schedule.steps_per_epoch, **metrics})
             self.owes_evaluation = False
+        evaluated = time.perf_counter()
         if saves:
             self._save(metrics)
-        self.meter.pause(time.perf_counter() - paused)
+        ended = time.perf_counter()
+        if evaluates:
+            self.meter.spend(evaluation=evaluated - began)
+        if saves:
+            self.meter.spend(save=ended - evaluated)
+        self.meter.pause(ended - began)
 
     def _save(self, metrics: dict[str, float]) -> None:
         facts = {**self.meter.facts(), "owes_evaluation": self.owes_evaluation}

@@ -60,6 +60,23 @@ class Schedule:
         return self.save_every is not None and (step % self.save_every == 0 or step == self.total_steps)
 
 
+class Work(NamedTuple):
+    """What there is to do for a token, and what with.
+
+    Attributes:
+        num_devices: all that the run is on.
+        token_flops: of training on a token, forwards and backwards.
+        peak_flops: a second, of all devices; None where it is not known.
+    """
+
+    num_devices: int = 1
+    token_flops: float = 0.0
+    peak_flops: float | None = None
+
+
+NOTHING_KNOWN = Work()
+
+
 @dataclass
 class Meter:
     """Adds up the reports of the steps since the last log line.
@@ -69,6 +86,7 @@ class Meter:
 
     schedule: Schedule
     log: Log
+    work: Work = NOTHING_KNOWN
     num_tokens: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -116,6 +134,9 @@ class Meter:
         row = {"epoch": step / self.schedule.steps_per_epoch, "loss": loss, **latest, **values}
         row["num_tokens"] = self.num_tokens
         row["tokens_per_second"] = rate
+        row["device_tokens_per_second"] = rate / self.work.num_devices
+        if self.work.peak_flops is not None:
+            row["mfu"] = rate * self.work.token_flops / self.work.peak_flops
         row["step_time"] = (time.perf_counter() - self.since) / self.steps
         for name, seconds in self.times.items():
             row[f"{name}_time"] = seconds / self.steps

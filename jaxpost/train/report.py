@@ -4,42 +4,22 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxpost.train.logging import METRICS_FILE, complete_rows
+from jaxpost.train.panels import PANELS, Panel, matching
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class Panel(NamedTuple):
-    """One plot: its title, its y label with the unit, a pattern of whole metric names, whether the values scatter."""
-
-    title: str
-    label: str
-    names: str
-    noisy: bool = True
-
-
-_PANELS = (
-    Panel("Loss", "loss", r"loss"),
-    Panel("Learning rate", "learning rate", r"learning_rate", noisy=False),
-    Panel("Gradient norm, before clipping", "L2 norm", r"grad_norm"),
-    Panel("Speed", "tokens / s", r"tokens_per_second"),
-    Panel("Accuracy", "fraction", r"mean_token_accuracy|rewards/accuracies|accuracy"),
-    Panel("Entropy", "nats / token", r"entropy"),
-    Panel(
-        "Rewards", "reward", r"reward|rewards/(chosen|rejected|margins)|rewards/.+/mean|(min|mean|max)_reward|margin"
-    ),
-    Panel("Spread of rewards", "standard deviation", r"reward_std|rewards/.+/std"),
-    Panel("KL to the reference", "nats", r"kl|objective/kl"),
-    Panel("Completion length", "tokens", r"completions/(min|mean|max)_length"),
-)
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5e5e5e")  # Okabe and Ito's
-_SMOOTH_FROM = 60  # points
+SMOOTH_FROM = 60  # points
 _SECRET = r"(?i:(hub|api|auth|access)[_-]?(token|key)|password|secret)"
 _SECRET_FLAG = rf"(--\S*?{_SECRET}\S*?[ =])\S+"
 
@@ -56,15 +36,15 @@ def write_curves(output_dir: Path, title: str | None = None) -> Path | None:
     """
     from matplotlib.figure import Figure
 
-    series = _series(output_dir)
-    panels = [(panel, names) for panel in _PANELS if (names := _matching(panel, series))]
+    series = series_of(complete_rows(output_dir / METRICS_FILE))
+    panels = [(panel, names) for panel in PANELS if (names := matching(panel, series))]
     if not panels:
         return None
     columns = min(len(panels), 2 if len(panels) <= 4 else 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.2 * columns, 0.5 + 3.1 * rows), dpi=130, layout="constrained")
     figure.suptitle(title or output_dir.resolve().name, fontsize=14, fontweight="bold", parse_math=False)
-    if any(len(values) >= _SMOOTH_FROM for _, values in series.values()):
+    if any(len(values) >= SMOOTH_FROM for _, values in series.values()):
         figure.supxlabel(
             "thin: every logged value; thick: mean over a thirtieth of the run", fontsize=9, color="#666666"
         )
@@ -83,20 +63,16 @@ def write_curves(output_dir: Path, title: str | None = None) -> Path | None:
 Points = tuple[list[int], list[float]]
 
 
-def _series(output_dir: Path) -> dict[str, Points]:
-    """name -> (steps, values) of every metric, in the order of their first rows."""
+def series_of(rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Points]:
+    """name -> (steps, values) of every metric, in the order of their first rows; what is no number is left out."""
     series: dict[str, Points] = {}
-    for _, row in complete_rows(output_dir / METRICS_FILE):
+    for _, row in rows:
         for name, value in row.items():
-            steps, values = series.setdefault(name, ([], []))
-            steps.append(row["step"])
-            values.append(float(value))
-    return series
-
-
-def _matching(panel: Panel, series: dict[str, Points]) -> list[str]:
-    """The metrics of a panel, those of evaluations (`eval_`, `eval_<dataset>_`) among them."""
-    return [name for name in series if re.fullmatch(rf"(eval_(.+_)?)?({panel.names})", name)]
+            with suppress(TypeError, ValueError, OverflowError):
+                steps, values = series.setdefault(name, ([], []))
+                values.append(float(value))
+                steps.append(row["step"])
+    return {name: points for name, points in series.items() if points[0]}
 
 
 def _draw(ax: "Axes", panel: Panel, series: dict[str, Points]) -> None:
@@ -105,11 +81,11 @@ def _draw(ax: "Axes", panel: Panel, series: dict[str, Points]) -> None:
     for (name, (steps, values)), color in zip(series.items(), itertools.cycle(_COLORS)):
         if name.startswith("eval_"):
             ax.plot(steps, values, color=color, linestyle="--", marker="o", markersize=4, label=name, zorder=3)
-        elif len(values) < _SMOOTH_FROM or not panel.noisy:
+        elif len(values) < SMOOTH_FROM or not panel.noisy:
             ax.plot(steps, values, color=color, marker="o" if len(values) < 20 else None, markersize=3, label=name)
         else:
             ax.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
-            ax.plot(steps, _running_mean(np.asarray(values)), color=color, label=name)
+            ax.plot(*running_mean(steps, np.asarray(values), 1000), color=color, label=name)
     ax.set_title(panel.title, loc="left", fontsize=11)
     ax.set_xlabel("step (optimizer updates)", fontsize=9)
     ax.set_ylabel(panel.label, fontsize=9)
@@ -123,16 +99,17 @@ def _draw(ax: "Axes", panel: Panel, series: dict[str, Points]) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#999999")
     if len(series) > 1:
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8, framealpha=0.8, edgecolor="none")
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred mean over a thirtieth of the run, of the finite values only."""
-    window = np.ones(2 * (len(values) // 60) + 1)
-    finite = np.isfinite(values)
-    total = np.convolve(np.where(finite, values, 0.0), window, mode="same")
-    count = np.convolve(finite, window, mode="same")
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+def running_mean(steps: Sequence[int] | np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, centred means over a thirtieth of the run, of the finite values only), at so many places at most."""
+    half = len(values) // 60
+    places = np.unique(np.linspace(0, len(values) - 1, min(len(values), most)).astype(int))
+    windows = (values[max(0, place - half) : place + half + 1] for place in places)
+    finite = (window[np.isfinite(window)] for window in windows)
+    means = [window.mean() if len(window) else math.nan for window in finite]
+    return np.asarray(steps)[places], np.asarray(means)
 
 
 def write_model_card(
@@ -183,13 +160,18 @@ def write_model_card(
         parts.append("![Training curves](curves.png)")
     command = re.sub(_SECRET_FLAG, r"\1***", command)
     parts.append(f"## How it was made\n\n```sh\n{command}\n```")
-    plain = json.loads(json.dumps({name: config[name] for name in config if not re.search(_SECRET, name)}, default=str))
+    plain = json.loads(json.dumps({name: config[name] for name in config if not is_secret(name)}, default=str))
     settings = yaml.safe_dump(plain, sort_keys=False)
     parts.append(f"<details><summary>All settings</summary>\n\n```yaml\n{settings}```\n\n</details>")
     parts.append(" · ".join(f"{package} {version}" for package, version in versions.items()))
     path = output_dir / "README.md"
     path.write_text("\n\n".join(parts) + "\n")
     return path
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name is nobody's business."""
+    return re.search(_SECRET, name) is not None
 
 
 def _on_the_hub(name: str) -> bool:

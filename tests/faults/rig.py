@@ -17,7 +17,7 @@ from tests.faults.driver import run
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.faults.driver"])
 STEPS = 12
-TIMES = ("_time", "_per_second", "_share")  # what the names of metrics end in that are not the same twice
+TIMES = ("_time", "_per_second", "_share", "mfu")  # what the names of metrics end in that are not the same twice
 REWARDS = '''
 import os
 import time

@@ -53,7 +53,7 @@ def test_resume_keeps_rows_up_to_its_step_as_they_were(tmp_path):
         assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [before[0], before[1], before[4]]
         log.log(3, {"loss": 7.0})
     assert [(row["step"], row.get("loss")) for row in rows(tmp_path)][-1] == (3, 7.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.jsonl", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize(

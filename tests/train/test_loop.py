@@ -12,7 +12,7 @@ from jaxpost.errors import ConfigError, NonFiniteError, PreemptedError
 from jaxpost.metrics import Mean
 from jaxpost.offline import Read
 from jaxpost.train.loop import Loop, LoopConfig
-from jaxpost.train.meter import Schedule
+from jaxpost.train.meter import NOTHING_KNOWN, Schedule, Work
 from jaxpost.train.state import TrainState
 from jaxpost.train.step import StepReport
 
@@ -60,7 +60,17 @@ class Saves:
 
 
 def run(
-    totals, counts=None, *, finite=None, start=0, facts=None, evaluate=None, source=None, annotate=None, **schedule
+    totals,
+    counts=None,
+    *,
+    finite=None,
+    start=0,
+    facts=None,
+    evaluate=None,
+    source=None,
+    annotate=None,
+    work=NOTHING_KNOWN,
+    **schedule,
 ):
     """Fit with step k giving Mean(totals[k], counts[k])."""
     counts, finite = counts or [1.0] * len(totals), finite or [True] * len(totals)
@@ -87,6 +97,7 @@ def run(
         checkpoints=Saves(log.events),
         schedule=Schedule(**options),
         log=log,
+        work=work,
     )
     before = {"num_tokens": 100, "tally": [{}] * 4, "skipped": 0, "skipped_in_a_row": 0}
     final = loop.fit(TrainState(jnp.int32(start), None, None, None), before | (facts or {}))
@@ -108,6 +119,35 @@ def test_the_share_of_the_time_that_steps_wait_for_a_batch(monkeypatch):
     log = run([1.0] * 12, log_every=4, source=Source(takes(1.25)), annotate=takes(3.0))
     assert [row["input_share"] for _, row in log.rows[1:]] == [1 / 4.25] * 2
     assert [(row["input_time"], row["generation_time"], row["made"]) for _, row in log.rows[1:2]] == [(1.0, 0.25, 1.0)]
+
+
+def test_evaluation_and_saving_are_told_and_left_out_of_the_rates(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def takes(seconds):
+        def act(*args):
+            clock[0] += seconds
+            return {}
+
+        return act
+
+    monkeypatch.setattr(Saves, "save", takes(8.0))
+    options = {"log_every": 4, "evaluate": takes(5.0), "evaluate_every": 2, "save_every": 4}
+    log = run([1.0] * 8, source=Source(takes(1.0)), **options)
+    train = [row for _, row in log.rows if "loss" in row]
+    # of the second window: the evaluation after step 4, which comes after the line of step 4, and that after step 6
+    assert (train[1]["evaluation_time"], train[1]["save_time"]) == (10.0 / 4, 8.0 / 4)
+    assert train[1]["step_time"] == 1.0 and "save_time" not in train[0]
+    assert train[1]["tokens_per_second"] == 10.0
+
+
+def test_speed_is_told_of_a_device_and_of_what_devices_could_do():
+    work = Work(num_devices=4, token_flops=6.0, peak_flops=600.0)
+    for known in (work, work._replace(peak_flops=None)):
+        [(_, row)] = run([1.0], work=known).rows
+        assert row["device_tokens_per_second"] == row["tokens_per_second"] / 4
+        assert row.get("mfu") == (None if known.peak_flops is None else row["tokens_per_second"] * 6.0 / 600.0)
 
 
 def test_a_source_that_needs_the_state_waits_for_the_step_before():

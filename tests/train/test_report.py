@@ -56,7 +56,7 @@ def test_one_panel_for_each_kind_that_has_data(tmp_path, drawn):
     path = write_curves(tmp_path)
     assert path == tmp_path / "curves.png"
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.png", "history.jsonl", "metrics.jsonl"]
     (figure,) = drawn
     shown = panels(figure)
     assert list(shown) == ["Loss", "Learning rate", "Gradient norm, before clipping", "Speed"]

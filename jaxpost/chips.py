@@ -1,10 +1,11 @@
-"""The chips that a plan may be for: what they have, what they reach, and how the compiler is asked for them.
+"""The chips that a run may be on or planned for: what they have and reach, and how the compiler is asked for them.
 
 Rates are those that their makers publish, for bfloat16 without sparsity; of a network, what a chip receives over all
 of its links one way.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from jaxpost.errors import ConfigError
 from jaxpost.options import nearest
@@ -66,7 +67,32 @@ CHIPS: dict[str, Chip] = {
     "h100": Chip("cuda", 80e9, 989e12, 3.35e12, 4.5e11, "https://www.nvidia.com/en-us/data-center/h100/", _H100),
     "h200": Chip("cuda", 141e9, 989e12, 4.8e12, 4.5e11, "https://www.nvidia.com/en-us/data-center/h200/", _H200),
 }
+KINDS = {  # JAX's device_kind -> chip
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA A100-PCIE-40GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
 KNOWN = "v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1, a100:8, h100:8, h200:8"
+
+
+def peak_flops(devices: Iterable[Any]) -> float | None:
+    """What devices come to at their published rate, a second; None where that is not known, as of CPUs."""
+    devices = list(devices)
+    kinds = {device.device_kind for device in devices}
+    if len(kinds) != 1 or (kind := KINDS.get(kinds.pop())) is None:
+        return None
+    chip = CHIPS[kind]
+    # A chip of some TPUs is two devices, with the same coordinates.
+    chips = {(device.process_index, *device.coords) for device in devices} if chip.platform == "tpu" else devices
+    return chip.flops * len(chips)
 
 
 class Topology(NamedTuple):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from jaxpost.errors import ConfigError, JaxpostError, PreemptedError
+from jaxpost.foreign import FOREIGN, settled_words
 from jaxpost.options import nearest, one_of
 from jaxpost.watch import WatchConfig, watching
 
@@ -145,8 +146,8 @@ def parse(config_class: Any, command: str, flags: list[str]) -> Any:
 
     parser.error = refuse
     file, flags = _take_config(flags, command)
-    words = [*(_file_flags(Path(file), known) if file else []), *flags]
-    words, nulls = _take_nulls(words, config_class)
+    words = [*(_file_flags(Path(file), known | FOREIGN.keys()) if file else []), *flags]
+    words, nulls = _take_nulls(settled_words(words, config_class), config_class)
     config, *_, unknown = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), unknown[0])

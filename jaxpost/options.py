@@ -13,20 +13,26 @@ class _Help(str):
     may_change: bool
 
 
-def option(default: Any, help: str, *, may_change: bool = False) -> Any:
+def option(default: Any, help: str, *, may_change: bool = False, secret: bool = False) -> Any:
     """A dataclass field with the help text that the command line shows.
 
     Args:
         default: the default value; a list is copied for each instance.
         help: one line for `--help`.
         may_change: a run that is continued may have another value than before, and what it learns is the same.
+        secret: it is never shown or written.
     """
     text = _Help(help.replace("%", "%%"))  # argparse formats it
     text.may_change = may_change
-    metadata = {"help": text}
+    options: dict[str, Any] = {"metadata": {"help": text}, "repr": not secret}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: list(default), **options)
+    return dataclasses.field(default=default, **options)
+
+
+def shown(config: Any) -> dict[str, Any]:
+    """The fields of a config that are no secret."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.repr}
 
 
 def lasting(config: Any) -> dict[str, Any]:

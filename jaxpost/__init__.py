@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxpost.models.peft import load_adapter, save_adapter
     from jaxpost.models.pretrained import from_pretrained
     from jaxpost.scoring import score
+    from jaxpost.train.callbacks import TrainerCallback, TrainerControl, TrainerState
     from jaxpost.trainers import (
         BCOTrainer,
         CPOTrainer,
@@ -44,6 +45,7 @@ _PUBLIC = {
     **dict.fromkeys(["load_adapter", "save_adapter"], "jaxpost.models.peft"),
     "score": "jaxpost.scoring",
     "LoraConfig": "jaxpost.models.lora_config",
+    **dict.fromkeys(["TrainerCallback", "TrainerControl", "TrainerState"], "jaxpost.train.callbacks"),
     **dict.fromkeys(
         [
             f"{name}Config"
@@ -80,6 +82,9 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "SimPOConfig",
+    "TrainerCallback",
+    "TrainerControl",
+    "TrainerState",
     "attach",
     "from_pretrained",
     "load_adapter",
@@ -91,8 +96,21 @@ __all__ = [
     "without_adapters",
 ]
 
+# What TRL has by a name of its own, and jaxpost in another way.
+_ONE_CONFIG = "its flags are fields of SFTConfig and its kin; a script with flags is `jaxpost sft --config run.yaml`"
+_ELSEWHERE = {
+    **dict.fromkeys(["ModelConfig", "ScriptArguments", "TrlParser", "DatasetMixtureConfig"], _ONE_CONFIG),
+    **dict.fromkeys(["get_peft_config", "get_quantization_config", "get_kbit_device_map"], _ONE_CONFIG),
+    **dict.fromkeys(["clone_chat_template", "setup_chat_format"], "give chat_template_path in the config"),
+    "create_reference_model": "leave ref_model out: it is what the run starts from",
+    "DataCollatorForCompletionOnlyLM": "give rows with prompt and completion, or assistant_only_loss",
+    "AutoModelForCausalLMWithValueHead": "PPOTrainer makes the value model; see value_model in PPOConfig",
+}
+
 
 def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        raise ImportError(f"jaxpost has no {name}: {_ELSEWHERE[name]}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'jaxpost' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

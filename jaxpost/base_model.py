@@ -15,7 +15,7 @@ from jaxpost.models.config import ModelConfig
 from jaxpost.models.families import read_config
 from jaxpost.models.hf import place
 from jaxpost.models.lora_config import LoraConfig
-from jaxpost.models.pretrained import open_source
+from jaxpost.models.pretrained import named, open_source
 from jaxpost.models.resize import resize_embeddings
 from jaxpost.models.transformer import Decoder
 
@@ -81,7 +81,7 @@ def open_base(
         config, generation_config, own = model.config, {}, active_config(model)
         build = partial(place, model, compute, mesh)
     else:
-        source, name = open_source(model, args.model_revision), str(model)
+        source, name = open_source(named(model, "model"), args.model_revision), str(model)
         base, own = (source.name, source.revision), None if source.adapter is None else source.adapter.config
         config, generation_config = read_config(source.checkpoint.config, name), source.checkpoint.generation_config
         tokenizer = tokenizer or source.tokenizer()

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxpost.errors import ConfigError
 from jaxpost.flags import flags_of, shown
-from jaxpost.options import nearest
+from jaxpost.options import nearest, without_secrets
 
 MOST_YAML = 1_000_000  # bytes
 MOST_NESTED = 16
@@ -21,12 +21,14 @@ def annotated(config: Any, title: str) -> str:
     """
     import yaml
 
-    lines, group = [f"# jaxpost {title} --config THIS_FILE"], None
+    lines, group, values = [f"# jaxpost {title} --config THIS_FILE"], None, without_secrets(config)
     for flag in flags_of([type(config)]):
+        if flag.name not in values:
+            continue
         if flag.group is not group:
             group = flag.group
             lines += ["", f"# {group}"]
-        value, style = getattr(config, flag.name), {"allow_unicode": True, "width": float("inf")}
+        value, style = values[flag.name], {"allow_unicode": True, "width": float("inf")}
         if isinstance(value, list | dict):
             text = f"{flag.name}: {yaml.safe_dump(value, default_flow_style=True, **style)}"
         else:

@@ -45,6 +45,10 @@ class CheckpointError(JaxpostError):
     exit_code = 78
 
 
+class HubError(CheckpointError):
+    """The Hugging Face Hub refuses, or cannot be reached."""
+
+
 def one_line(error: BaseException) -> str:
     """A library's message (its type's name if it has none), to be quoted in ours."""
     return " ".join(str(error).split())[:300] or type(error).__name__

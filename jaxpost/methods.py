@@ -17,6 +17,8 @@ from jaxpost.data.store import StoreConfig
 from jaxpost.data.tokenizer import TokenizerConfig
 from jaxpost.encode import Encoded, encode_compared, encode_sft, encode_unpaired
 from jaxpost.errors import ConfigError
+from jaxpost.foreign import user_config
+from jaxpost.hub import HubConfig
 from jaxpost.models.actor_critic import ValueModelConfig
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.hf import ModelArguments
@@ -33,7 +35,7 @@ from jaxpost.objectives.ppo import CRITIC, PPO
 from jaxpost.objectives.reward import Reward
 from jaxpost.objectives.rloo import RLOO
 from jaxpost.objectives.sft import SFT
-from jaxpost.options import Group, check_parts, option
+from jaxpost.options import Group, check_parts, option, without_secrets
 from jaxpost.processes import ProcessesConfig
 from jaxpost.rl.plan import EpochsConfig, RolloutConfig
 from jaxpost.rl.rewards import RewardFunctionsConfig
@@ -64,6 +66,7 @@ class TrainConfig(
     EvalConfig,
     CheckpointConfig,
     LoggingConfig,
+    HubConfig,
     MeshConfig,
     ProcessesConfig,
     WatchConfig,
@@ -92,7 +95,7 @@ class TrainConfig(
         return self.save_strategy == "steps" and self.save_steps % (self.eval_steps or self.logging_steps) == 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class SFTConfig(TrainConfig, SFTDataConfig, PackingConfig, SFT):
     """Supervised fine-tuning; names and defaults are TRL's."""
 
@@ -124,34 +127,34 @@ class PairsConfig(CompletionsConfig):
         return self.share_prompts is not False
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class DPOConfig(PairsConfig, ReferenceConfig, DPO):
     """Direct preference optimisation; names and defaults are TRL's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class KTOConfig(CompletionsConfig, ReferenceConfig, KTO):
     """Kahneman-Tversky optimisation; names and defaults are TRL's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class BCOConfig(CompletionsConfig, ReferenceConfig, BCO):
     """Binary classifier optimisation; names and defaults are TRL's."""
 
     learning_rate: float = option(5e-7, "Peak learning rate.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class ORPOConfig(PairsConfig, ORPO):
     """Odds-ratio preference optimisation; names and defaults are TRL's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class CPOConfig(PairsConfig, CPO):
     """Contrastive preference optimisation; names and defaults are TRL's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class SimPOConfig(CPOConfig):
     """Simple preference optimisation: CPO as its authors run it on Llama 3 (SimPO's table 8)."""
 
@@ -161,7 +164,7 @@ class SimPOConfig(CPOConfig):
     simpo_gamma: float = option(1.0, "Margin that simpo asks for.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class RewardConfig(PairsConfig, Reward):
     """Reward models; names and defaults are TRL's, where pairs that are too long are left out."""
 
@@ -195,19 +198,19 @@ class OnlineConfig(TrainConfig, ReferenceConfig, SamplingConfig, RewardFunctions
         return []
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class GRPOConfig(OnlineConfig, RolloutConfig, GRPO):
     """Group relative policy optimisation; names and defaults are TRL's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class RLOOConfig(OnlineConfig, RolloutConfig, RLOO):
     """REINFORCE leave-one-out; names and defaults are TRL's."""
 
     num_generations: int = option(2, "Completions of each prompt that are compared with each other.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@user_config
 class PPOConfig(OnlineConfig, EpochsConfig, ValueModelConfig, PPO):
     """Proximal policy optimisation; names and defaults are TRL's."""
 
@@ -325,15 +328,11 @@ def _with_router_coef(config: Any, model: ModelConfig) -> Any:
 def changed_fields(config: Any) -> dict[str, Any]:
     """The fields that differ from their defaults."""
     default = type(config)()
-    return {
-        field.name: value
-        for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) != getattr(default, field.name)
-    }
+    return {name: value for name, value in without_secrets(config).items() if value != getattr(default, name)}
 
 
 def config_yaml(config: Any) -> str:
-    """The resolved config as YAML that `--config` reads back."""
+    """The resolved config as YAML that `--config` reads back, without secrets."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=True, allow_unicode=True)
+    return yaml.safe_dump(without_secrets(config), sort_keys=True, allow_unicode=True)

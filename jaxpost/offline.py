@@ -93,6 +93,11 @@ class Offline:
             raise ConfigError(f"compute_metrics is given the reward of every example, but {name} has no rewards")
 
     @property
+    def has_held_out(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.eval_loader is not None
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of the run."""
         return self.loader.num_steps

@@ -94,6 +94,11 @@ class Online:
         self.num_steps = args.total_steps(self.steps_per_epoch)
 
     @property
+    def has_held_out(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.eval_prompts is not None
+
+    @property
     def num_micro_batches(self) -> int:
         """Parts of an optimizer step that gradients are added up over."""
         return self.plan.num_micro_batches

@@ -30,6 +30,7 @@ class Group(StrEnum):
     EVALUATION = "Evaluation"
     CHECKPOINTS = "Checkpoints"
     LOGGING = "Logging"
+    HUB = "Hugging Face Hub"
     DEVICES = "Devices and processes"
 
 
@@ -40,7 +41,9 @@ class _Help(str):
     choices: tuple[str, ...]
 
 
-def option(default: Any, help: str, *, choices: Iterable[str] = (), may_change: bool = False) -> Any:
+def option(
+    default: Any, help: str, *, choices: Iterable[str] = (), may_change: bool = False, secret: bool = False
+) -> Any:
     """A dataclass field with the help text that the command line shows.
 
     Args:
@@ -48,13 +51,19 @@ def option(default: Any, help: str, *, choices: Iterable[str] = (), may_change: 
         help: one line for `--help`.
         choices: all values that it takes, or each of a list of them; checked by `check_choices`.
         may_change: a run that is continued may have another value than before, and what it learns is the same.
+        secret: it is never shown or written.
     """
     text = _Help(help.replace("%", "%%"))  # argparse formats it
     text.may_change, text.choices = may_change, tuple(choices)
-    metadata = {"help": text}
+    options: dict[str, Any] = {"metadata": {"help": text}, "repr": not secret}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: list(default), **options)
+    return dataclasses.field(default=default, **options)
+
+
+def without_secrets(config: Any) -> dict[str, Any]:
+    """The fields of a config that are no secret."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.repr}
 
 
 def lasting(config: Any) -> dict[str, Any]:

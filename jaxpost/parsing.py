@@ -35,6 +35,8 @@ def parse_all(parts: Sequence[Any], command: str, flags: list[str]) -> tuple[Any
     """
     from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
+    from jaxpost.foreign import FOREIGN, settled_words
+
     parser = HfArgumentParser(parts, prog=f"jaxpost {command}", allow_abbrev=False)
     for action in parser._actions:
         if action.type is string_to_bool:  # bare `--bf16` is `--bf16 true`, also where the default is None
@@ -50,8 +52,9 @@ def parse_all(parts: Sequence[Any], command: str, flags: list[str]) -> tuple[Any
 
     parser.error = refuse
     file, flags = _take_config(flags, command)
-    words = [*(file_words(Path(file), known - {"config"}) if file else []), *flags]
-    words, nulls = _take_nulls(words, parts)
+    named = (known | FOREIGN.keys()) - {"config"}
+    words = [*(file_words(Path(file), named) if file else []), *flags]
+    words, nulls = _take_nulls(settled_words(words, parts[0]), parts)
     *configs, unknown = parser.parse_args_into_dataclasses(
         args=words, return_remaining_strings=True, look_for_args_file=False
     )

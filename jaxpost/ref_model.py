@@ -12,7 +12,7 @@ from jaxpost.errors import ConfigError
 from jaxpost.models.actor_critic import policy_of
 from jaxpost.models.adapters import active_config, keep_reference, reference_view
 from jaxpost.models.hf import place
-from jaxpost.models.pretrained import open_source
+from jaxpost.models.pretrained import named, open_source
 from jaxpost.models.transformer import Decoder
 from jaxpost.train.reference import Reference
 
@@ -55,7 +55,9 @@ def load_reference(
     else:
         if not isinstance(reference, Decoder):
             options = {"dtype": args.dtype, "compute": args.compute(), "mesh": mesh}
-            reference = open_source(reference).load(allow_nonfinite=args.allow_nonfinite_weights, **options)
+            reference = open_source(named(reference, "ref_model")).load(
+                allow_nonfinite=args.allow_nonfinite_weights, **options
+            )
         else:
             place(reference, args.compute(), mesh)
         sizes = reference.config.vocab_size, policy.config.vocab_size

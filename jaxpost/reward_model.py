@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxpost.errors import ConfigError
 from jaxpost.models.config import Compute
-from jaxpost.models.pretrained import open_source
+from jaxpost.models.pretrained import Loaded, named, open_source
 from jaxpost.models.transformer import Decoder
 from jaxpost.scoring import score
 
@@ -17,6 +17,8 @@ def reward_function(function: RewardFunction, args: Any, tokenizer: Any) -> str 
     """A reward model as a function, where the name is that of a folder; other names and functions as they are."""
     if isinstance(function, Decoder):
         return scorer(function, tokenizer, "reward_model", args)
+    if isinstance(function, Loaded):
+        return str(named(function, "reward_funcs"))
     if isinstance(function, str) and Path(function).is_dir():
         return reward_model(function, "reward_funcs", args)
     return function

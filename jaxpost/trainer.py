@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import os
-import shlex
-import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,9 @@ from flax import nnx
 from jaxpost.base_model import open_base
 from jaxpost.data.fingerprint import digest
 from jaxpost.errors import ConfigError
+from jaxpost.hub import Repository
 from jaxpost.locks import run_lock
-from jaxpost.methods import CompletionsConfig, Method, OnlineConfig, changed_fields, config_yaml, suited_to
+from jaxpost.methods import CompletionsConfig, Method, OnlineConfig, suited_to
 from jaxpost.models.actor_critic import ActorCritic, save_critic, trainable_of
 from jaxpost.models.adapters import active_config
 from jaxpost.models.export import save_pretrained
@@ -33,23 +32,24 @@ from jaxpost.offline import Offline, Run
 from jaxpost.online import Online
 from jaxpost.options import lasting, part_of
 from jaxpost.pipeline import Pipeline
-from jaxpost.processes import is_main, join
+from jaxpost.processes import agreed, is_main, join
+from jaxpost.record import TrainOutput, history, last_metrics, open_log, write_report
 from jaxpost.ref_model import load_reference
 from jaxpost.rl.rollout_func import RolloutFunction
 from jaxpost.sharding import batch_groups, make_mesh, shardings
 from jaxpost.speed import work_of
+from jaxpost.train.callbacks import TrainerState, as_callbacks
 from jaxpost.train.checkpoint import Checkpoints, Restored
 from jaxpost.train.checksum import checksums
 from jaxpost.train.evaluate import ComputeMetrics
-from jaxpost.train.logging import RunLog
 from jaxpost.train.loop import LENGTHS, Loop
 from jaxpost.train.manifest import DIGEST
-from jaxpost.train.meter import Schedule
+from jaxpost.train.meter import Rhythm, Schedule
 from jaxpost.train.optim import check_loraplus, make_optimizer, make_schedule
 from jaxpost.train.reference import follow
-from jaxpost.train.report import write_curves, write_model_card
 from jaxpost.train.spikes import no_norms
 from jaxpost.train.state import TrainState, create_state, decay_mask, merge, snapshot
+from jaxpost.train.steering import Callbacks, joined
 from jaxpost.train.step import Programs, make_annotate, make_step
 from jaxpost.value_model import load_value_model
 from jaxpost.watch import phase, watching
@@ -75,6 +75,11 @@ class Trainer:
         reward_funcs: what completions are rewarded by, of methods that sample them: names, functions or reward models.
         rollout_func: makes the completions, of methods that compare those of a prompt; see `jaxpost.rl.rollout_func`.
         value_model: what a value model of its own starts from, of methods that train one; by default what `args` say.
+        callbacks: see `train.callbacks.TrainerCallback`; those of transformers' too.
+
+    Attributes:
+        args, model, processing_class: of the run, as they are used.
+        state: where it is, and what it has logged.
 
     Raises:
         ConfigError, DataError: one line each, before anything is written.
@@ -95,12 +100,11 @@ class Trainer:
         reward_funcs: Any = None,
         rollout_func: RolloutFunction | str | None = None,
         value_model: str | os.PathLike[str] | Decoder | None = None,
+        callbacks: Sequence[Any] | None = None,
     ):
-        self.method = method
-        self.args = method.config() if args is None else args
+        self.method, self.callbacks = method, as_callbacks(callbacks)
+        self.args = _checked(method, args, compute_metrics)
         self.output_dir = Path(self.args.output_dir or "trainer_output")
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ConfigError(f"--output_dir {self.output_dir} is a file; give a folder")
         if cache := self.args.compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
         join(self.args)
@@ -133,8 +137,10 @@ class Trainer:
             if self.args.precompute_ref_log_probs and isinstance(self.feed, Offline):
                 self.feed.ask(self.objective, self.policy, self.reference)
                 self.reference = None
+        self.schedule = Schedule.of(self.args, self.feed.num_steps, self.feed.steps_per_epoch)
+        self.state = TrainerState.of(self.args, self.schedule, [])
 
-    def train(self, resume_from_checkpoint: bool | int | str | None = None) -> dict[str, float]:
+    def train(self, resume_from_checkpoint: bool | int | str | None = None) -> TrainOutput:
         """Run to the end and write the model, its metrics, curves and card to `output_dir`.
 
         Args:
@@ -142,11 +148,13 @@ class Trainer:
 
         Returns:
             The last logged metrics of training and evaluation; with load_best_model_at_end those of the best model.
+            Also what transformers returns: `.global_step`, `.training_loss`, `.metrics`.
 
         Raises:
             ConfigError: the folder holds another run, or one that is at work.
             PreemptedError: the process was told to stop; the run is saved.
             NonFiniteError, CheckpointError, RewardError: it cannot go on.
+            HubError: the model cannot be pushed.
         """
         if resume_from_checkpoint is not None:
             self.args = dataclasses.replace(self.args, resume_from_checkpoint=str(resume_from_checkpoint))
@@ -157,32 +165,39 @@ class Trainer:
         finally:
             self.feed.close()
 
-    def _trained(self) -> dict[str, float]:
-        args, total = self.args, self.feed.num_steps
+    def _trained(self) -> TrainOutput:
+        args, total, began = self.args, self.feed.num_steps, time.monotonic()
         folder = args.checkpoint_dir or self.output_dir / "checkpoints"
         schedule = make_schedule(args, total)
         optimizer = make_optimizer(args, schedule, decay_mask)
+        repository = self._repository() if args.push_to_hub else None
         with jax.set_mesh(self.mesh):
             graphdef, fresh = self._fresh(optimizer)
             with Checkpoints(folder, args, self._identity(total, fresh), self.notes.append) as checkpoints:
                 with phase("compile"):
                     state, facts, kept = checkpoints.restore(fresh) or Restored(fresh, {}, [])
                     annotate, step = self._programs(graphdef, state, optimizer, schedule)
-                with self._log(total, int(state.step)) as log:
+                start = int(state.step)
+                with open_log(self.output_dir, args, self.notes, total, start) as log:
                     checkpoints.tell = log.message
-                    given = (self.objective, graphdef, self.reference, annotate, int(state.step), kept)
+                    given = (self.objective, graphdef, self.reference, annotate, start, kept)
                     run = Run(*given, show=log.sample)
                     with phase("compile"):
+                        evaluates = args.evaluates or (bool(self.callbacks) and self.feed.has_held_out)
                         loop = Loop(
                             source=self.feed.source(run, state, step),
                             annotate=annotate,
                             step=step,
-                            evaluate=self.feed.evaluation(run, state) if args.evaluates else None,
+                            evaluate=self.feed.evaluation(run, state) if evaluates else None,
                             checkpoints=checkpoints,
-                            schedule=self._schedule(total),
+                            schedule=self.schedule,
                             log=log,
                             work=work_of(self.base.config, self.mesh, is_frozen=active_config(self.policy) is not None),
                         )
+                    remembered, given = facts.pop("callbacks", None), {"processing_class": self.processing_class}
+                    self.state = TrainerState.of(args, self.schedule, history(self.output_dir), start)
+                    if self.callbacks:
+                        loop = joined(loop, self.callbacks, args, self.state, remembered, log.message, given)
                     state, best = loop.fit(state, facts), {}
                     with phase("save"):
                         checkpoints.finish()
@@ -192,7 +207,22 @@ class Trainer:
         with phase("save"):
             self._take(graphdef, state)
             self.save_model(self.output_dir)
-            return self._report(best)
+            output = self._reported(best, start, began, loop.schedule)
+        if args.push_to_hub:
+            agreed(lambda: repository.push() if repository is not None else None)
+        return output
+
+    def _reported(self, best: dict[str, float], start: int, began: float, schedule: Rhythm) -> TrainOutput:
+        """Write the report; what the run has come to."""
+        rows = history(self.output_dir)
+        last = last_metrics(rows, best)
+        if is_main():
+            write_report(self.output_dir, self.method.name, self.args, self.base.name, last)
+        if isinstance(schedule, Callbacks):
+            schedule.tell("on_train_end", model=self.model)
+        else:
+            self.state = TrainerState.of(self.args, self.schedule, rows)
+        return TrainOutput(last, rows, time.monotonic() - began, start)
 
     def _fresh(self, optimizer: optax.GradientTransformation) -> tuple[Any, TrainState]:
         """(graphdef, state) before the first step."""
@@ -241,11 +271,12 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             return self.feed.evaluate(run, state, eval_dataset)
 
-    def save_model(self, path: str | os.PathLike[str]) -> None:
+    def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
         """Write the model as it is now to a Hugging Face folder, or its adapter in PEFT's format.
 
-        A value model that is trained beside it is written to `value_model/` in there.
+        A value model that is trained beside it is written to `value_model/` in there. By default to `args.output_dir`.
         """
+        path = self.output_dir if output_dir is None else output_dir
         name, revision = self.base.base
         if active_config(self.policy) is None:
             save_pretrained(self.policy, self.processing_class, path, generation_config=self.base.generation_config)
@@ -253,6 +284,41 @@ class Trainer:
             save_adapter(self.policy, path, name, revision=revision, tokenizer=self.processing_class)
         if isinstance(self.model, ActorCritic):
             save_critic(self.model, Path(path) / "value_model", self.base.base, self.processing_class)
+
+    def add_callback(self, callback: Any) -> None:
+        """One more of `callbacks`."""
+        self.callbacks += as_callbacks([callback])
+
+    def push_to_hub(
+        self, commit_message: str = "End of training", *, token: str | None = None, revision: str | None = None
+    ) -> Any:
+        """Write the model as it is now to `output_dir` and push it to the Hub; see `args.hub_model_id`.
+
+        Returns:
+            huggingface_hub's CommitInfo, on the main process.
+
+        Raises:
+            HubError: the Hub refuses, or cannot be reached.
+        """
+        repository = self._repository(token)
+        self.save_model()
+        return agreed(lambda: repository.push(commit_message, revision) if repository is not None else None)
+
+    def _repository(self, token: str | None = None) -> Repository | None:
+        """Where the model is pushed, on the main process; made before anything else, so that a fault shows early."""
+        return agreed(lambda: Repository(self.args, self.output_dir, token) if is_main() else None)
+
+    def log_metrics(self, split: str, metrics: Mapping[str, float]) -> None:
+        """Print metrics; `split` is their heading."""
+        if is_main():
+            width = max(map(len, metrics), default=0)
+            print("\n".join([f"{split}:", *(f"  {name:{width}} = {value:.6g}" for name, value in metrics.items())]))
+
+    def save_metrics(self, split: str, metrics: Mapping[str, float]) -> None:
+        """Write metrics to `{split}_results.json` in `output_dir`."""
+        if is_main():
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / f"{split}_results.json").write_text(json.dumps(dict(metrics), indent=1) + "\n")
 
     @property
     def _follows(self) -> bool:
@@ -278,47 +344,19 @@ class Trainer:
         is_steady = isinstance(self.args, CompletionsConfig | OnlineConfig) and self.args.disable_dropout
         return model if is_steady else with_dropout(model, key)
 
-    def _schedule(self, total: int) -> Schedule:
-        args, per_epoch = self.args, self.feed.steps_per_epoch
-        return Schedule(
-            total_steps=total,
-            steps_per_epoch=per_epoch,
-            log_every=args.logging_steps,
-            log_first=args.logging_first_step,
-            evaluate_first=args.eval_on_start,
-            evaluate_every={"no": None, "steps": args.eval_steps or args.logging_steps, "epoch": per_epoch}[
-                args.eval_strategy
-            ],
-            save_every={"no": None, "steps": args.save_steps, "epoch": per_epoch}[args.save_strategy],
-        )
 
-    def _log(self, total: int, start: int) -> RunLog:
-        log = RunLog(self.output_dir, self.args, total_steps=total, start_step=start, is_main=is_main())
-        if is_main():
-            (self.output_dir / "config.yaml").write_text(config_yaml(self.args), encoding="utf-8")
-        for note in self.notes:
-            log.message(note)
-        if start:
-            log.message(f"going on from step {start} of {total}" if start < total else f"all {total} steps are done")
-        return log
+def _checked(method: Method, args: Any, compute_metrics: ComputeMetrics | None) -> Any:
+    """The config of a run.
 
-    def _report(self, best: dict[str, float]) -> dict[str, float]:
-        """Curves and model card; returns the last metrics, in whose place those of the best model may stand."""
-        if not is_main():
-            return {}
-        metrics: dict[str, float] = {}
-        for line in (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            metrics |= json.loads(line)
-        metrics |= best
-        write_curves(self.output_dir)
-        write_model_card(
-            self.output_dir,
-            base_model=self.base.name,
-            dataset=self.args.dataset_name or "rows given in Python",
-            method=self.method.name,
-            config=changed_fields(self.args),
-            versions={name: version(name) for name in ("jaxpost", "jax", "flax", "optax", "transformers")},
-            metrics=metrics,
-            command=shlex.join(["jaxpost", *sys.argv[1:]]),
-        )
-        return metrics
+    Raises:
+        ConfigError: it is one of another method, or cannot be.
+    """
+    args = method.config() if args is None else args
+    if not isinstance(args, method.config):
+        given, wanted = type(args), method.config.__name__
+        raise ConfigError(f"args is a {given.__module__}.{given.__name__}; give a jaxpost.{wanted}")
+    if compute_metrics is not None and method.is_online:
+        raise ConfigError(f"compute_metrics is given the reward of every example, but {method.name} has no examples")
+    if args.output_dir is not None and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ConfigError(f"--output_dir {args.output_dir} is a file; give a folder")
+    return args

@@ -10,7 +10,7 @@ from jaxpost.models.actor_critic import ActorCritic, as_copy, beside, on_trunk, 
 from jaxpost.models.adapters import active_config
 from jaxpost.models.hf import place
 from jaxpost.models.lora_config import LoraConfig
-from jaxpost.models.pretrained import Source, open_source
+from jaxpost.models.pretrained import Source, named, open_source
 from jaxpost.models.transformer import Decoder
 
 
@@ -57,7 +57,7 @@ def load_value_model(
         return beside(policy, _fitting(place(given, args.compute(), mesh), "the given value model", policy))
     source, name = None, given
     if given is not None:
-        source = open_source(given)
+        source = open_source(named(given, "value_model"))
         if not source.has_trained_head("reward"):
             raise ConfigError(f"value_model_path: {given} has no trained reward head; leave it out for a new one")
         if not reads_alike(source, tokenizer):

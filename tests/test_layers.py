@@ -7,13 +7,27 @@ import pytest
 
 FLOOR = {
     **dict.fromkeys(
-        ["sharding", "metrics", "errors", "options", "platform", "chips", "locks", "writing", "watch", "processes"], 1
+        [
+            "sharding",
+            "metrics",
+            "errors",
+            "options",
+            "platform",
+            "chips",
+            "locks",
+            "writing",
+            "watch",
+            "processes",
+            "foreign",
+            "hub",
+        ],
+        1,
     ),
     **dict.fromkeys(["models", "data"], 2),
     **dict.fromkeys(["objectives", "rl"], 3),
     **dict.fromkeys(["train", "encode"], 4),
     **dict.fromkeys(["methods", "base_model", "ref_model", "value_model", "speed"], 5),
-    **dict.fromkeys(["pipeline", "scoring"], 6),
+    **dict.fromkeys(["pipeline", "scoring", "record"], 6),
     **dict.fromkeys(["generate", "export", "evaluate", "offline", "reward_model", "reporting"], 7),
     "online": 8,
     **dict.fromkeys(["trainer", "plan", "planning", "preview"], 9),

@@ -47,7 +47,7 @@ def test_strategies_that_split_lose_no_token(strategy):
 def test_packing_changes_no_loss(tiny_folder, tmp_path):
     def loss(**options):
         args = SFTConfig(output_dir=str(tmp_path), max_length=64, eval_strategy="epoch", report_to=["none"], **options)
-        return SFTTrainer(str(tiny_folder), args, TEXTS, TEXTS).evaluate()["eval_loss"]
+        return SFTTrainer(str(tiny_folder), args, train_dataset=TEXTS, eval_dataset=TEXTS).evaluate()["eval_loss"]
 
     np.testing.assert_allclose(loss(packing=True), loss(padding_free=False), rtol=1e-5)
 

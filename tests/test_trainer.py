@@ -43,7 +43,7 @@ def trainer(model, out, rows=ROWS, processing_class=None, **options):
         report_to=["none"],
         **options,
     )
-    return SFTTrainer(model, args, rows, processing_class=processing_class)
+    return SFTTrainer(model, args, None, rows, processing_class=processing_class)
 
 
 def read(path):

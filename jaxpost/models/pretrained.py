@@ -1,10 +1,11 @@
 """Models by name: a checkpoint, or an adapter with the checkpoint of its base."""
 
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
+from jaxpost.errors import ConfigError
 from jaxpost.models.check import SCORE
 from jaxpost.models.checkpoint import Checkpoint, open_checkpoint
 from jaxpost.models.config import Compute
@@ -44,6 +45,26 @@ class Source(NamedTuple):
         """The model, its adapter in use; options of `models.hf.load`."""
         model = load(self.checkpoint, self.name, **options)
         return model if self.adapter is None else hang(model, self.adapter)
+
+
+@runtime_checkable
+class Loaded(Protocol):
+    """A model that transformers has loaded."""
+
+    name_or_path: str
+
+
+def named(model: Any, what: str) -> str | os.PathLike[str]:
+    """A name or path, as it is.
+
+    Raises:
+        ConfigError: it is none; `what` it is called.
+    """
+    if isinstance(model, str | os.PathLike):
+        return model
+    kind = f"{type(model).__module__.split('.')[0]}'s {type(model).__name__}"
+    name = f": {what}={model.name_or_path!r}" if isinstance(model, Loaded) and model.name_or_path else ""
+    raise ConfigError(f"{what} is {kind}; give its name or folder{name}, or a model of jaxpost.from_pretrained")
 
 
 def open_source(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Source:

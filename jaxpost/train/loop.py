@@ -12,7 +12,7 @@ from jaxpost.metrics import Metric
 from jaxpost.objectives.base import Batch
 from jaxpost.options import Group, option
 from jaxpost.processes import told_to_stop
-from jaxpost.train.meter import NOTHING_KNOWN, Log, Meter, Pending, Schedule, Work
+from jaxpost.train.meter import NOTHING_KNOWN, Log, Meter, Pending, Rhythm, Work
 from jaxpost.train.state import TrainState
 from jaxpost.train.step import StepReport
 
@@ -110,7 +110,7 @@ class Loop:
         step: the compiled train step.
         evaluate: held-out metrics of a state.
         checkpoints: where states are kept.
-        schedule: which steps log, evaluate and save.
+        schedule: which steps log, evaluate and save, and which is the last.
         log: receives metrics.
         work: what there is to do, which speed is compared with.
     """
@@ -120,12 +120,12 @@ class Loop:
     step: Callable[[TrainState, Batch], tuple[TrainState, StepReport]]
     evaluate: Callable[[TrainState], dict[str, float]] | None
     checkpoints: Saves
-    schedule: Schedule
+    schedule: Rhythm
     log: Log
     work: Work = NOTHING_KNOWN
 
     def fit(self, state: TrainState, facts: Mapping[str, Any] | None = None) -> TrainState:
-        """Train from `state.step` to `schedule.total_steps`.
+        """Train from `state.step` for as long as the schedule says.
 
         Args:
             state: where to begin; it is dead afterwards.
@@ -158,14 +158,15 @@ class _Fit:
         try:
             if self.owes_evaluation or (self.start == 0 and self.loop.schedule.evaluates(0)):
                 self._look_back()
-            while self.done < self.loop.schedule.total_steps:
+            while self.loop.schedule.goes_on(self.done):
                 self.loop.checkpoints.check()
                 if told_to_stop():
                     raise PreemptedError("told to stop")
                 is_first = self.done == self.start
                 with watch.phase("compile" if is_first else "train"):
                     self._advance()
-                    if is_first:
+                    is_wanted = self.loop.schedule.passed(self.done)
+                    if is_first or is_wanted:
                         self._read()
                 self._look_back()
         except PreemptedError:
@@ -194,11 +195,10 @@ class _Fit:
             self.meter.read(self.done, pending)
 
     def _look_back(self) -> None:
-        """Evaluate and save the state, where it is time."""
-        loop, schedule, done = self.loop, self.loop.schedule, self.done
-        evaluates = loop.evaluate is not None and (self.owes_evaluation or schedule.evaluates(done))
-        saves = done > 0 and (self.owes_evaluation or schedule.saves(done) or loop.checkpoints.is_due)
-        if not (evaluates or saves or done == schedule.total_steps):
+        """Evaluate and save the state, where it is time; what an evaluation says can make it time to save."""
+        loop, done, owed = self.loop, self.done, self.owes_evaluation
+        evaluates = loop.evaluate is not None and (owed or loop.schedule.evaluates(done))
+        if not (evaluates or self._saves(owed)):
             return
         self._read()
         began, metrics = time.perf_counter(), {}
@@ -206,9 +206,10 @@ class _Fit:
             self.owes_evaluation = True
             with watch.phase("evaluate"):
                 metrics = loop.evaluate(self.state)
-            loop.log.log(done, {"epoch": done / schedule.steps_per_epoch, **metrics})
+            loop.log.log(done, {"epoch": done / loop.schedule.steps_per_epoch, **metrics})
             self.owes_evaluation = False
         evaluated = time.perf_counter()
+        saves = self._saves(owed)
         if saves:
             self._save(metrics)
         ended = time.perf_counter()
@@ -217,6 +218,9 @@ class _Fit:
         if saves:
             self.meter.spend(save=ended - evaluated)
         self.meter.pause(ended - began)
+
+    def _saves(self, owed: bool) -> bool:
+        return self.done > 0 and (owed or self.loop.schedule.saves(self.done) or self.loop.checkpoints.is_due)
 
     def _save(self, metrics: dict[str, float]) -> None:
         facts = {**self.meter.facts(), "owes_evaluation": self.owes_evaluation}

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 
@@ -22,6 +22,24 @@ class Log(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def progress(self, step: int, loss: float | None, tokens_per_second: float | None) -> None: ...
+
+
+@runtime_checkable
+class Rhythm(Protocol):
+    """Which steps do what; see `Schedule`, and `train.callbacks.Callbacks`, which may change it."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def logs(self, step: int, /) -> bool: ...
+
+    def evaluates(self, step: int, /) -> bool: ...
+
+    def saves(self, step: int, /) -> bool: ...
+
+    def goes_on(self, step: int, /) -> bool: ...
+
+    def passed(self, step: int, /) -> bool: ...
 
 
 class Pending(NamedTuple):
@@ -48,6 +66,20 @@ class Schedule:
     evaluate_every: int | None = None
     save_every: int | None = None
 
+    @classmethod
+    def of(cls, args: Any, total_steps: int, steps_per_epoch: int) -> Self:
+        """What the config of a run says."""
+        evaluates = {"no": None, "steps": args.eval_steps or args.logging_steps, "epoch": steps_per_epoch}
+        return cls(
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            log_every=args.logging_steps,
+            log_first=args.logging_first_step,
+            evaluate_first=args.eval_on_start,
+            evaluate_every=evaluates[args.eval_strategy],
+            save_every={"no": None, "steps": args.save_steps, "epoch": steps_per_epoch}[args.save_strategy],
+        )
+
     def logs(self, step: int) -> bool:
         return step % self.log_every == 0 or step == self.total_steps or (self.log_first and step == 1)
 
@@ -58,6 +90,14 @@ class Schedule:
 
     def saves(self, step: int) -> bool:
         return self.save_every is not None and (step % self.save_every == 0 or step == self.total_steps)
+
+    def goes_on(self, step: int) -> bool:
+        """Whether there is a step after this one; if so it is about to begin."""
+        return step < self.total_steps
+
+    def passed(self, step: int) -> bool:
+        """Told of a step that is done: whether what it has come to is to be known at once."""
+        return step == self.total_steps
 
 
 class Work(NamedTuple):
@@ -84,7 +124,7 @@ class Meter:
     Reports are read one step late, while the device works on the next step, unless the next batch has to wait anyway.
     """
 
-    schedule: Schedule
+    schedule: Rhythm
     log: Log
     work: Work = NOTHING_KNOWN
     num_tokens: int = 0

@@ -93,7 +93,7 @@ def test_metrics_of_ones_own_are_of_the_rewards_of_examples(tiny_folder, tmp_pat
         return {"right": np.mean(np.argmax(rewards, axis=1) == labels), "eval_spread": rewards.std()}
 
     args = config(DPOConfig, tmp_path / "out")
-    trainer = DPOTrainer(str(tiny_folder), None, args, PAIRS, PAIRS[5:16], compute_metrics=compute)
+    trainer = DPOTrainer(str(tiny_folder), None, args, None, PAIRS, PAIRS[5:16], compute_metrics=compute)
     metrics = trainer.train()
     assert seen[-1].shape == (11, 2) and np.ptp(seen[-1]) > 0
     assert metrics["eval_right"] == pytest.approx(metrics["eval_rewards/accuracies"])
@@ -106,7 +106,13 @@ def test_metrics_of_judged_completions_have_their_labels(tiny_folder, tmp_path):
     found = []
     args = config(KTOConfig, tmp_path / "out", max_steps=1)
     trainer = KTOTrainer(
-        str(tiny_folder), None, args, rows, rows[:7], compute_metrics=lambda p: found.append(p) or {"count": len(p[0])}
+        str(tiny_folder),
+        None,
+        args,
+        None,
+        rows,
+        rows[:7],
+        compute_metrics=lambda p: found.append(p) or {"count": len(p[0])},
     )
     assert trainer.train()["eval_count"] == 7
     assert found[0].predictions.shape == (7,)
@@ -136,7 +142,7 @@ def test_the_best_checkpoint_is_kept_and_written(tiny_folder, data, tmp_path, fl
     assert steps == {best + 1, 5} and best < 4
     # The written model is that of the best step: it has the loss of that step's evaluation.
     args = config(DPOConfig, tmp_path / "check")
-    trainer = DPOTrainer(str(tmp_path / "out"), str(tiny_folder), args, PAIRS, PAIRS[3:14])
+    trainer = DPOTrainer(str(tmp_path / "out"), str(tiny_folder), args, None, PAIRS, PAIRS[3:14])
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
 
 

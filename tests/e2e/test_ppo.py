@@ -126,7 +126,7 @@ def test_adapters_share_one_base(tiny_folder, tmp_path):
         "max_steps": 1,
     }
     trainer = PPOTrainer(
-        str(tiny_folder),
+        model=str(tiny_folder),
         reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
         args=PPOConfig(value_model="adapter", **lora, **shared),
         train_dataset=PROMPTS,
@@ -157,7 +157,7 @@ def test_python_face_with_models_of_its_own(tiny_folder, reward_folder, tmp_path
         eval_steps=1,
     )
     trainer = PPOTrainer(
-        from_pretrained(tiny_folder),
+        model=from_pretrained(tiny_folder),
         args=args,
         train_dataset=PROMPTS,
         eval_dataset=PROMPTS[:2],

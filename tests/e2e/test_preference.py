@@ -115,7 +115,7 @@ def test_python_face_takes_a_loaded_reference_and_leaves_it_as_it_was(tiny_folde
         save_strategy="no",
         eval_strategy="steps",
     )
-    trainer = DPOTrainer(str(tiny_folder), reference, args, PAIRS, PAIRS[:8])
+    trainer = DPOTrainer(str(tiny_folder), reference, args, None, PAIRS, PAIRS[:8])
     metrics = trainer.train()
     assert metrics["eval_rewards/accuracies"] >= 0 and trainer.evaluate()["eval_loss"] == metrics["eval_loss"]
     np.testing.assert_allclose(np.asarray(reference(np.arange(3, 27).reshape(2, 12))), before, atol=1e-6)

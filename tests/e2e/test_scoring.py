@@ -1,6 +1,8 @@
 """Scores of a reward model, and the held-out metrics of trained models, by the command line and from Python."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +57,17 @@ def test_python_scores_pairs_as_training_reads_them(judge):
     assert score(model, tokenizer, messages).shape == (1,)
     short = score(model, tokenizer, TEXTS, max_length=3)
     np.testing.assert_allclose(short[0], expected(judge, [TEXTS[0]["text"][:3]])[0], rtol=2e-5)
+
+
+def test_the_three_lines_of_the_readme_score_a_text(judge, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if " score(" in block]
+    assert lines.count("\n") == 3 and judge.parent.name.startswith("judge")
+    (judge.parent / "judge").symlink_to(judge)
+    monkeypatch.chdir(judge.parent)
+    space = {}
+    exec(lines, space)
+    np.testing.assert_allclose(space["scores"], expected(judge, ["Paris.<|im_end|>"]), rtol=2e-5, atol=1e-6)
 
 
 def test_what_cannot_be_scored_is_named(judge, tiny_folder, tmp_path, capsys):

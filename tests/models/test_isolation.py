@@ -114,7 +114,7 @@ def test_a_piece_of_a_cut_row_is_a_document_of_its_own(strategy, pieces, tokeniz
         compilation_cache_dir="",
         tokenized_cache_dir="",
     )
-    trainer = SFTTrainer(model, config, [{"input_ids": row} for row in rows], processing_class=tokenizer)
+    trainer = SFTTrainer(model, config, None, [{"input_ids": row} for row in rows], processing_class=tokenizer)
     batch = trainer.feed.loader.batch(0)
     expected = {
         tuple(piece.tolist())

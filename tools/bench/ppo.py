@@ -54,7 +54,7 @@ def run_jaxpost(args: argparse.Namespace) -> list[float]:
             report_to=["none"],
         )
         rows = [{"prompt": row["prompt"]} for row in prompts(args)]
-        jaxpost.PPOTrainer(args.model, args=config, train_dataset=rows, reward_model=args.judge).train()
+        jaxpost.PPOTrainer(config, model=args.model, train_dataset=rows, reward_model=args.judge).train()
         log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     times = [row["step_time"] for row in log]
     return [sum(times[i : i + args.epochs]) for i in range(0, len(times), args.epochs)]

@@ -12,7 +12,7 @@ FLOOR = {
     **dict.fromkeys(["models", "data"], 2),
     **dict.fromkeys(["objectives", "rl"], 3),
     **dict.fromkeys(["train", "encode"], 4),
-    **dict.fromkeys(["methods", "base_model", "ref_model", "value_model"], 5),
+    **dict.fromkeys(["methods", "base_model", "ref_model", "value_model", "completer"], 5),
     **dict.fromkeys(["pipeline", "scoring"], 6),
     **dict.fromkeys(["generate", "export", "preview", "evaluate", "offline", "reward_model"], 7),
     "online": 8,

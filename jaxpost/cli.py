@@ -32,6 +32,7 @@ USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
   rloo       REINFORCE leave-one-out, likewise
   ppo        proximal policy optimisation, likewise, with a value model
   generate   complete prompts with a model
+  chat       talk with a model
   export     write a run's model, or an adapter merged into its base, as a Hugging Face folder
   evaluate   the held-out metrics of a model: jaxpost evaluate dpo with its flags; without a method, the scores that a
              reward model gives to texts
@@ -94,6 +95,11 @@ def _run(command: str, flags: list[str]) -> int:
     if command == "generate":
         run_generate(parse(GenerateConfig, command, flags))
         return 0
+    if command == "chat":
+        from jaxpost.chat import ChatConfig, run_chat
+
+        run_chat(parse(ChatConfig, command, flags))
+        return 0
     if command == "export":
         run_export(parse(ExportConfig, command, flags))
         return 0
@@ -114,7 +120,7 @@ def _run(command: str, flags: list[str]) -> int:
         run_plan(method, parse(plan_config(method), f"plan {method.name}", flags[1:]))
         return 0
     if command not in METHODS:
-        known = (*METHODS, "generate", "export", "evaluate", "preview", "plan")
+        known = (*METHODS, "generate", "chat", "export", "evaluate", "preview", "plan")
         raise ConfigError(f"unknown command {command!r}{nearest(command, known)}; known: {', '.join(known)}")
     trainer = Trainer(METHODS[command], args=parse(METHODS[command].config, command, flags))
     trainer.train()

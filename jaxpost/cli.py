@@ -35,7 +35,8 @@ USAGE = """usage: jaxpost <command> [--config FILE.yaml] [--flag value ...]
   chat       talk with a model
   export     write a run's model, or an adapter merged into its base, as a Hugging Face folder
   evaluate   the held-out metrics of a model: jaxpost evaluate dpo with its flags; without a method, the scores that a
-             reward model gives to texts
+             reward model gives to texts, rewards of completions (--reward_funcs), the win rate against another model
+             (--judge), or tasks of lm-evaluation-harness (--tasks)
   preview    show what a method would train on: jaxpost preview dpo with its flags
   plan       whether a run fits chips that are not here, and how fast it may be: jaxpost plan sft with its flags and
              --topology v5e:16x16
@@ -85,11 +86,11 @@ def _run(command: str, flags: list[str]) -> int:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     from jaxpost.evaluate import run_evaluate
+    from jaxpost.evaluation import EvaluateConfig, run_evaluation
     from jaxpost.export import ExportConfig, run_export
     from jaxpost.generate import GenerateConfig, run_generate
     from jaxpost.methods import METHODS
     from jaxpost.preview import run_preview
-    from jaxpost.scoring import ScoreConfig, run_score
     from jaxpost.trainer import Trainer
 
     if command == "generate":
@@ -107,7 +108,7 @@ def _run(command: str, flags: list[str]) -> int:
         run_evaluate(METHODS[flags[0]], parse(METHODS[flags[0]].config, flags[0], flags[1:]))
         return 0
     if command == "evaluate":
-        run_score(parse(ScoreConfig, command, flags))
+        run_evaluation(parse(EvaluateConfig, command, flags))
         return 0
     if command == "preview":
         name = flags.pop(0) if flags and flags[0] in METHODS else "sft"

@@ -109,6 +109,10 @@ class Completer:
             self._model = self.source.load(allow_nonfinite=config.allow_nonfinite_weights, **options)
         return self._model
 
+    def unload(self) -> None:
+        """Let go of the weights."""
+        self._model = None
+
     def complete(self, prompts: Sequence[np.ndarray], config: AnswerConfig, **options: Any) -> list[Completion]:
         """Completions of each prompt, one after the other; `options` are those of `generate`.
 

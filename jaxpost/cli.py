@@ -17,7 +17,11 @@ from jaxpost.watch import WatchConfig, watching
 
 __all__ = ["COMMANDS", "entry", "main", "parse"]
 
-SCORES = Runs("scores of texts", "jaxpost.scoring:ScoreConfig", "jaxpost.scoring:run_score")
+EVALUATION = Runs(
+    "scores of texts, rewards, win rates or tasks",
+    "jaxpost.evaluation:EvaluateConfig",
+    "jaxpost.evaluation:run_evaluation",
+)
 
 COMMANDS: dict[str, Command] = {
     "sft": Trains("supervised fine-tuning"),
@@ -34,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Runs(
         "complete prompts with a model", "jaxpost.generate:GenerateConfig", "jaxpost.generate:run_generate"
     ),
+    "chat": Runs("talk with a model", "jaxpost.chat:ChatConfig", "jaxpost.chat:run_chat"),
     "export": Runs(
         "write a run's model, or an adapter merged into its base, as a Hugging Face folder",
         "jaxpost.export:ExportConfig",
@@ -41,9 +46,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": OfMethod(
         "the held-out metrics of a model: jaxpost evaluate dpo with its flags; without a method, the scores that a "
-        "reward model gives to texts",
+        "reward model gives to texts, rewards of completions (--reward_funcs), the win rate against another model "
+        "(--judge), or tasks of lm-evaluation-harness (--tasks)",
         "jaxpost.evaluate:run_evaluate",
-        otherwise=SCORES,
+        otherwise=EVALUATION,
     ),
     "preview": OfMethod(
         "show what a method would train on: jaxpost preview dpo with its flags",

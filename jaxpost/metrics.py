@@ -1,6 +1,7 @@
 """What losses and metrics are returned as: sums that have not been divided yet, and extremes."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -172,8 +173,14 @@ class Tally:
         self._extremes.clear()
 
 
-def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+def wilson_interval(successes: int | float, count: int) -> tuple[float, float]:
     """The 95 % confidence interval of a share; Wilson, 1927, "Probable Inference, the Law of Succession"."""
     z, share = 1.959964, successes / count
     middle, spread = share + z * z / (2 * count), z * math.sqrt((share * (1 - share) + z * z / (4 * count)) / count)
     return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
+
+
+def normal_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % confidence interval of a mean of independent values, by the normal approximation; two at least."""
+    mean, spread = statistics.fmean(values), 1.959964 * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - spread, mean + spread

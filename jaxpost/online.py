@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpost.base_model import BaseModel
+from jaxpost.completer import as_asked
 from jaxpost.data.bad_rows import BadRows
 from jaxpost.data.chat import encode_prompt
 from jaxpost.data.prompts import Prompts, read_prompts
@@ -149,8 +150,9 @@ class Online:
     def _rewards(self, given: Sequence[RewardFunction] | RewardFunction | None) -> Rewards:
         args, tokenizer = self.args, self.base.tokenizer
         named = [given] if isinstance(given, str | Decoder) or callable(given) else list(given or [])
-        functions = [reward_function(function, args, tokenizer) for function in named]
-        functions += [reward_model(path, "reward_model_path", args) for path in args.reward_models]
+        options = {"dtype": args.dtype, "batch_size": args.per_device_eval_batch_size}
+        functions = [reward_function(function, tokenizer, **options) for function in named]
+        functions += [reward_model(path, "reward_model_path", **options) for path in args.reward_models]
         weights = args.reward_weights
         if weights is not None and len(weights) != len(functions):
             raise ConfigError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions")
@@ -241,9 +243,7 @@ class Online:
         return kept
 
     def _text(self, completion: Completion, prompt: Any) -> Any:
-        """A completion as reward functions see it: text, or messages where the prompt is messages."""
-        text = self.base.tokenizer.decode(completion.tokens, skip_special_tokens=True)
-        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        return as_asked(self.base.tokenizer.decode(completion.tokens, skip_special_tokens=True), prompt)
 
 
 def prompts_of(rows: Rows, args: Any, base: BaseModel) -> Prompts:

@@ -2,9 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxpost.completer import LoadConfig, check_least
 from jaxpost.data.chat import SFTDataConfig, encode_rows
 from jaxpost.data.completions import COMPARED, encode_pairs
 from jaxpost.data.examples import Counts, Example, LengthConfig, flattened
@@ -20,17 +21,16 @@ from jaxpost.data.mixture import type_of
 from jaxpost.data.packing import units
 from jaxpost.data.rows import Rows, as_rows
 from jaxpost.data.sources import load_rows
-from jaxpost.data.store import stored
+from jaxpost.data.store import Store, stored
 from jaxpost.data.tokenizer import embedding_rows
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.metrics import wilson_interval
 from jaxpost.models.config import Compute
-from jaxpost.models.hf import PARAMETER_DTYPES
 from jaxpost.models.pretrained import open_source
 from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Batch
 from jaxpost.objectives.sequences import rewards_of
-from jaxpost.options import check_choices, option
+from jaxpost.options import option
 from jaxpost.sharding import batch_groups, make_mesh
 from jaxpost.train.evaluate import by_example
 from jaxpost.writing import write_lines
@@ -41,29 +41,19 @@ TEXT = SFTDataConfig(completion_only_loss=False, max_length=None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """Flags of `jaxpost evaluate` without a method."""
+class ScoreConfig(LoadConfig):
+    """What is evaluated, and how texts are scored."""
 
-    model_name_or_path: str | None = option(None, "A reward model: hub id, folder, adapter.")
-    model_revision: str = option("main", "Branch, tag or commit of a hub model.")
     dataset_name: str | None = option(None, "Texts, messages, prompts with completions, or pairs: a file or hub id.")
     dataset_split: str = option("train", "Split of the dataset.")
     output_file: str | None = option(None, "JSON Lines file for the rows with their scores; by default the terminal.")
     max_length: int | None = option(None, "Tokens of a text that are read, from its start; null for all.")
     batch_size: int = option(8, "Texts (or pairs) that a device reads together.")
-    dtype: str = option(
-        "float32", "Parameters and computation: float32, bfloat16 or float16.", choices=PARAMETER_DTYPES
-    )
-    mesh: str | None = option(None, "Mesh axes, e.g. fsdp=8; by default all devices are on fsdp.")
     allow_untrained_head: bool = option(False, "Score even with a model without a trained reward head: at random.")
-    allow_nonfinite_weights: bool = option(False, "Load a model even if its weights hold NaN or infinity.")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("max_length", "batch_size"):
-            value = vars(self)[name]
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        super().__post_init__()
+        check_least(self, "max_length", "batch_size")
 
 
 def run_score(config: ScoreConfig) -> None:
@@ -72,15 +62,13 @@ def run_score(config: ScoreConfig) -> None:
     Raises:
         ConfigError, DataError: a flag, the model or a row cannot be used; nothing is written.
     """
-    for name in ("model_name_or_path", "dataset_name"):
-        if vars(config)[name] is None:
-            raise ConfigError(f"evaluate needs --{name}")
     rows = load_rows(str(config.dataset_name), config.dataset_split)
     source = open_source(str(config.model_name_or_path), config.model_revision)
     if not source.has_trained_head("reward") and not config.allow_untrained_head:
         raise ConfigError(
             f"{config.model_name_or_path} has no trained reward head, so its scores would be random; train one with "
-            "jaxpost reward, or give --allow_untrained_head"
+            "jaxpost reward, or say what to evaluate a language model by: --reward_funcs, --judge or --tasks "
+            "(--allow_untrained_head scores at random)"
         )
     mesh = make_mesh(config.mesh)
     options = {"dtype": config.dtype, "compute": Compute(dtype=config.dtype), "mesh": mesh}
@@ -144,8 +132,36 @@ def score(
     is_paired = type_of(rows, accepted=(*COMPARED, *SCORED)).kind in COMPARED
     vocab_size = embedding_rows(tokenizer, model.config.vocab_size)
     store = stored(_examples(rows, tokenizer, is_paired, max_length, vocab_size=vocab_size))
+    scores = each_of(store, rewards_of_all, model, batch_size=batch_size, mesh=mesh, unit=2 if is_paired else 1)
+    return scores.reshape(-1, 2) if is_paired else scores
+
+
+def rewards_of_all(model: Any, batch: Batch) -> jax.Array:
+    """What a reward model gives each example, [B, S]."""
+    return rewards_of(model, batch)[0]
+
+
+def each_of(
+    store: Store,
+    says: Callable[[Any, Batch], Any],
+    model: Decoder,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    unit: int = 1,
+) -> Any:
+    """What is said of every example, float32 [N].
+
+    Args:
+        store: the examples, at least one.
+        says: (model, batch) -> [B, S], or a tree of such; a function that has a name, which is compiled once.
+        model: that the examples are shown to.
+        batch_size: examples, or units of them, that a device reads together.
+        mesh: where the model is.
+        unit: examples that stay together.
+    """
     processes = sorted({device.process_index for device in mesh.devices.flat})
-    packs, num_rows = units(store, 2 if is_paired else 1, {}), batch_groups(mesh)
+    packs, num_rows = units(store, unit, {}), batch_groups(mesh)
     size = batch_size * num_rows
     steps = -(-len(packs) // size)
     loader = Loader(
@@ -162,14 +178,13 @@ def score(
         process_count=len(processes),
     )
     graphdef, weights = nnx.split(model)
-
-    @jax.jit
-    def scores_of(weights: Any, batch: Batch) -> jax.Array:
-        return rewards_of(nnx.merge(graphdef, weights), batch)[0]
-
     with jax.set_mesh(mesh):
-        scores = by_example(partial(scores_of, weights), loader, mesh)
-    return scores.reshape(-1, 2) if is_paired else scores
+        return by_example(partial(_program(graphdef, says), weights), loader, mesh)
+
+
+@lru_cache(maxsize=8)
+def _program(graphdef: Any, says: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
+    return jax.jit(lambda weights, batch: says(nnx.merge(graphdef, weights), batch))
 
 
 def _examples(rows: Rows, tokenizer: Any, is_paired: bool, max_length: int | None, **options: Any) -> Iterator[Example]:

@@ -30,8 +30,17 @@ class Prompts(NamedTuple):
         return digest([len(ids) for ids in self.tokens], np.concatenate(self.tokens).tobytes())
 
 
+SHORTER = "lower --max_completion_length, or set --on_bad_row skip"
+
+
 def read_prompts(
-    rows: Rows, tokenizer: Any, *, vocab_size: int, max_tokens: int, bad_rows: BadRows | None = None
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    max_tokens: int,
+    bad_rows: BadRows | None = None,
+    remedy: str = SHORTER,
 ) -> Prompts:
     """Read and tokenise the column `prompt`.
 
@@ -41,6 +50,7 @@ def read_prompts(
         vocab_size: embedding rows; an id beyond is refused.
         max_tokens: of a prompt; a longer one is a bad row.
         bad_rows: decides what becomes of rows that cannot be used; by default the first one is an error.
+        remedy: for one that is too long.
 
     Raises:
         DataError: no rows, no such column, a bad cell, or nothing that can be used.
@@ -58,7 +68,6 @@ def read_prompts(
                     fault = (
                         f"{block.place(i)}: the prompt has {len(tokens):,} tokens, but there is room for {max_tokens:,}"
                     )
-                    remedy = "lower --max_completion_length, or set --on_bad_row skip"
                     raise RowError(f"{fault}; {remedy}", "a prompt that is too long")
             except RowError as error:
                 bad_rows.refuse(error)

@@ -23,6 +23,7 @@ LEAST_TOKENS = 64  # of a completion; for shorter ones, fewer slots are not wort
 REFILL_SHARE = 8  # slots that are free before the next prompts are read: one in so many
 PLAIN = Sampling()
 STOP_STEPS = 16  # tokens between two looks for what else ends a completion
+ROOM = 256  # tokens, at least, that prompts are padded to where few programs are wanted
 LOOK_STEPS = 64  # tokens after which the host looks anyway, as the run may have been told to stop
 
 
@@ -65,7 +66,9 @@ def generate(
     first_request: int = 0,
     batch_size: int = 16,
     stop: Callable[[list[int]], int | None] | None = None,
+    stop_steps: int = STOP_STEPS,
     gather: bool = True,
+    roomy: bool = False,
 ) -> list[Completion]:
     """Complete every prompt, in order; those of one prompt follow each other.
 
@@ -81,7 +84,9 @@ def generate(
         first_request: number of the first completion, which random numbers depend on.
         batch_size: completions decoded together.
         stop: says of the tokens so far after how many of them the completion has ended, None if it goes on.
+        stop_steps: tokens after which `stop` is asked again.
         gather: keep the weights ready to be multiplied with meanwhile, which on many devices takes more memory.
+        roomy: few programs, for prompts that come one by one: padded to powers of two, the cache whole from the start.
 
     Raises:
         ConfigError: an argument out of range, or an empty prompt (its row is named).
@@ -91,15 +96,14 @@ def generate(
     if not len(prompts):
         return []
     graphdef, state = nnx.split(model)
-    weights = nnx.to_pure_dict(state)
-    sizes = cache_lengths(bucket(max(map(len, prompts))), max_new_tokens)
-    compiled = [
-        programs(graphdef, max_new_tokens, size, gather) for size in (sizes if model.cache_grows else sizes[-1:])
-    ]
+    weights, fit = nnx.to_pure_dict(state), room if roomy else bucket
+    sizes = cache_lengths(fit(max(map(len, prompts))), max_new_tokens)
+    sizes = sizes if model.cache_grows and not roomy else sizes[-1:]
+    compiled = [programs(graphdef, max_new_tokens, size, gather) for size in sizes]
     # Prompts of similar length are read together: each costs as much as the longest of them.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     queue = deque(row * num_return_sequences + i for row in order for i in range(num_return_sequences))
-    batch = _Batch(compiled, weights, min(power(batch_size), power(len(queue))), stop)
+    batch = _Batch(compiled, weights, min(power(batch_size), power(len(queue))), fit, stop, stop_steps)
     ends = np.asarray(sorted(set(eos_ids)) or [-1], np.int32)
     completions: list[Completion | None] = [None] * len(queue)
     while queue or batch.active:
@@ -132,10 +136,17 @@ class _Batch:
     """Slots, and which request each of them has; `compiled` for caches that have more and more room."""
 
     def __init__(
-        self, compiled: list[Programs], weights: Any, rows: int, stop: Callable[[list[int]], int | None] | None
+        self,
+        compiled: list[Programs],
+        weights: Any,
+        rows: int,
+        fit: Callable[[int], int],
+        stop: Callable[[list[int]], int | None] | None,
+        stop_steps: int,
     ):
         self._compiled, *self._larger = compiled
-        self._weights, self._stop = weights, stop
+        self._weights, self._fit = weights, fit
+        self._stop, self._steps = stop, LOOK_STEPS if stop is None else stop_steps
         self._near = self._compiled.near(weights)
         self._shrinks = self._compiled.max_new_tokens >= LEAST_TOKENS
         self._slots: Slots = self._compiled.empty(weights, rows)
@@ -180,7 +191,7 @@ class _Batch:
         numbers[0] = len(self._requests)
         numbers[:, : len(each)] = np.transpose(each)
         places, sources, requests, ends = numbers
-        tokens, lengths = _pad([prompts[prompt] for prompt in begun])
+        tokens, lengths = _pad([prompts[prompt] for prompt in begun], self._fit)
         self._slots = self._compiled.admit(
             self._weights, self._slots, tokens, lengths, places, sources, requests + first_request, ends
         )
@@ -202,8 +213,7 @@ class _Batch:
         if longest == self._compiled.cache_length:
             self._compiled, *self._larger = self._larger
             self._slots = self._compiled.grown(self._slots)
-        steps = self._compiled.cache_length - longest
-        steps = min(steps, LOOK_STEPS if self._stop is None else STOP_STEPS)
+        steps = min(self._compiled.cache_length - longest, self._steps)
         enough = rows - active + max(1, wanted)
         self._slots = self._compiled.decode(*self._near, self._slots, ends, sampling, seed, enough, steps)
         finished = self._collect(set(ends.tolist()))
@@ -261,6 +271,11 @@ def bucket(length: int) -> int:
     return max(16, length + -length % step)
 
 
+def room(length: int) -> int:
+    """The next power of two from ROOM on."""
+    return max(ROOM, power(length))
+
+
 def _rung(count: int) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, 16, ..."""
     above = power(count)
@@ -272,10 +287,10 @@ def power(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _pad(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _pad(prompts: Sequence[np.ndarray], fit: Callable[[int], int]) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded tokens [P, T] and lengths [P]; missing rows are one token long."""
     rows = power(len(prompts))
-    tokens, lengths = np.zeros((rows, bucket(max(map(len, prompts)))), np.int32), np.ones(rows, np.int32)
+    tokens, lengths = np.zeros((rows, fit(max(map(len, prompts)))), np.int32), np.ones(rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
         lengths[row] = len(prompt)

@@ -129,17 +129,21 @@ class Evaluation:
         return EvalPrediction(rewards[members], np.zeros(len(members), np.int64))
 
 
-def by_example(values: Callable[[Batch], Array], loader: Loader, mesh: Mesh) -> np.ndarray:
+def by_example(values: Callable[[Batch], Any], loader: Loader, mesh: Mesh) -> Any:
     """What a function of batches says of every example, float32 [N].
 
     Args:
-        values: a batch -> [B, S].
+        values: a batch -> [B, S], or a tree of such, which makes one of what is said.
         loader: has each example once.
         mesh: where batches go.
     """
-    found = np.zeros(len(loader.packs.examples), np.float32)
+    found: Any = None
     for step, batch in enumerate(loader(0, partial(put, mesh=mesh))):
         check(batch)
-        for row, numbers in zip(fetch(values(batch)), loader.members(step), strict=True):
-            found[numbers] = row[: len(numbers)]
+        said, members = fetch(values(batch)), loader.members(step)
+        if found is None:
+            found = jax.tree.map(lambda _: np.zeros(len(loader.packs.examples), np.float32), said)
+        for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(said), strict=True):
+            for row, numbers in zip(part, members, strict=True):
+                whole[numbers] = row[: len(numbers)]
     return found

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxpost import generate as command
+from jaxpost import completer
 from jaxpost.cli import main
 from jaxpost.errors import ConfigError
 from jaxpost.rl.stopping import stopper
@@ -44,7 +44,7 @@ def test_completions_of_a_prompt_follow_each_other(whole):
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same(tiny_folder, prompts, whole, tmp_path, monkeypatch):
-    real, asked = command.generate, []
+    real, asked = completer.generate, []
 
     def stops(model, prompts, **options):
         asked.append(options["first_request"])
@@ -52,7 +52,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(tiny_folder, prompts, whole, t
             raise KeyboardInterrupt
         return real(model, prompts, **options)
 
-    monkeypatch.setattr(command, "generate", stops)
+    monkeypatch.setattr(completer, "generate", stops)
     out = tmp_path / "out.jsonl"
     assert run(tiny_folder, prompts, out) == 130
     assert not out.exists()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxpost.errors import ConfigError
-from jaxpost.rl.generate import LEAST_SLOTS, bucket, generate
+from jaxpost.rl.generate import LEAST_SLOTS, bucket, generate, room
 from jaxpost.rl.sampling import Sampling
+from jaxpost.rl.slots import programs
 from jaxpost.sharding import make_mesh
 from tests.conftest import make_model
 
@@ -106,6 +107,20 @@ def test_what_else_ends_a_completion(model):
     assert all(completion.ended for completion in cut)
     assert [completion.tokens for completion in cut] == [completion.tokens[:20] for completion in free]
     assert all(len(completion.logps) == 20 for completion in cut)
+
+
+def test_one_program_serves_prompts_that_come_one_by_one_and_what_ends_one_is_asked_for_often(model):
+    options = {"max_new_tokens": 20, "eos_ids": [], "seed": 1}
+    free = [generate(model, [prompt], **options)[0] for prompt in PROMPTS]
+    seen, made = [], programs.cache_info().misses
+    one_by_one = [
+        generate(model, [prompt], roomy=True, stop=lambda tokens: seen.append(len(tokens)), stop_steps=3, **options)[0]
+        for prompt in PROMPTS
+    ]
+    assert programs.cache_info().misses == made + 1
+    assert [completion.tokens for completion in one_by_one] == [completion.tokens for completion in free]
+    assert seen == [3, 6, 9, 12, 15, 18, 20] * len(PROMPTS)
+    assert [room(length) for length in (1, 256, 257, 1024)] == [256, 256, 512, 1024]
 
 
 def test_nothing_to_complete_is_nothing(model):

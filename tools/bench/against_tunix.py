@@ -23,10 +23,8 @@ from typing import Any
 
 import numpy as np
 from measure import compared, said, store
-from train import as_folder
+from train import GROUP, WARM, as_folder
 
-WARM = 2  # steps that are not counted
-GROUP = 8  # completions of a prompt
 RATE = 1e-6
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from measure import CALLS, in_turn, rate, store
 
 KERNELS = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
-COPIED = 2**26  # numbers of 4 bytes
+COPIED = 2**27  # numbers of 4 bytes
 
 
 def run_xla(args: argparse.Namespace) -> dict[str, float]:

@@ -140,15 +140,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.devices:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(args.devices)}"
-    found = spread(args.devices) if args.devices else grow(args.rounds)
-    if args.devices:
-        what, figure = (
-            "Work of one device, by how many there are",
-            "FLOPs ~ devices^{:.2f}, bytes held ~ devices^{:.2f}",
-        )
-        figure = figure.format(exponent(args.devices, found["flops"]), exponent(args.devices, found["arguments"]))
+        found, what = spread(args.devices), "Work of one device"
+        slopes = [exponent(args.devices, found[name]) for name in ("flops", "arguments")]
+        figure = "FLOPs ~ devices^{:.2f}, bytes held ~ devices^{:.2f}".format(*slopes)
     else:
-        what = "Growth of a training step's seconds"
+        found, what = grow(args.rounds), "Growth of a training step's seconds"
         figure = ", ".join(f"{each['of']}^{each['exponent']:.2f}" for each in found.values())
     store(args.output, what, figure, {"found": found})
 

@@ -111,6 +111,10 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name in _ELSEWHERE:
         raise ImportError(f"jaxpost has no {name}: {_ELSEWHERE[name]}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("jaxpost")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'jaxpost' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

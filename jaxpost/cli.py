@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import jaxpost
 from jaxpost.commands import HELP, Command, OfMethod, Runs, Trains
 from jaxpost.completion import Completes
 from jaxpost.errors import ConfigError, JaxpostError, PreemptedError
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in (*HELP, "help"):
         print(_usage(shutil.get_terminal_size().columns))
         return 0
+    if argv[0] == "--version":
+        print(f"jaxpost {jaxpost.__version__}")
+        return 0
     try:
         with watching(WatchConfig()):
             _run(argv[0], argv[1:])
@@ -155,4 +159,4 @@ def _usage(width: int) -> str:
         lines += textwrap.wrap(
             command.about, min(width, 120), initial_indent=f"  {name:<12}", subsequent_indent=" " * 14
         )
-    return "\n".join([*lines, "", "jaxpost <command> --help lists its flags."])
+    return "\n".join([*lines, "", "jaxpost <command> --help lists its flags, jaxpost --version says which this is."])

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -180,6 +181,11 @@ def test_the_usage_needs_no_imports():
     code = "import sys; from jaxpost.cli import main; main([]); print({'jax', 'rich'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_the_version_is_said(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxpost {version('jaxpost')}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

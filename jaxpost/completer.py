@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpost.compilation import CompilationConfig, keep_programs
 from jaxpost.data.tokenizer import eos_ids
 from jaxpost.errors import ConfigError
 from jaxpost.models.config import Compute
@@ -22,7 +23,7 @@ from jaxpost.sharding import make_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadConfig:
+class LoadConfig(CompilationConfig):
     """Which model, and how it is loaded."""
 
     help_group = Group.MODEL
@@ -99,6 +100,7 @@ class Completer:
         named, revision = (config.model_name_or_path, config.model_revision) if name is None else (name, None)
         if named is None:
             raise ConfigError(f"{command} needs --model_name_or_path")
+        keep_programs(config)
         self._config = config
         self._model: Decoder | None = None
         self.source = open_source(named, revision)

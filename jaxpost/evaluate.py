@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpost.base_model import open_base
+from jaxpost.compilation import keep_programs
 from jaxpost.data.rows import Rows
 from jaxpost.data.sources import load_rows
 from jaxpost.errors import ConfigError
@@ -49,6 +50,7 @@ def run_evaluate(method: Method, args: Any) -> dict[str, float]:
         raise ConfigError(f"evaluate: {method.name} is {how}")
     if args.use_peft:
         raise ConfigError("use_peft makes a new adapter; give the folder of a trained one as --model_name_or_path")
+    keep_programs(args)
     mesh = make_mesh(args.mesh)
     base = open_base(None, args, None, mesh, head=method.head)
     if not open_source(args.model_name_or_path, args.model_revision).has_trained_head(method.head):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jaxpost.compilation import CompilationConfig
 from jaxpost.data.chat import ACCEPTED, SFTDataConfig
 from jaxpost.data.completions import COMPARED, JUDGED
 from jaxpost.data.examples import ON_LONG_ROW, LengthConfig
@@ -68,17 +69,12 @@ class TrainConfig(
     LoggingConfig,
     HubConfig,
     MeshConfig,
+    CompilationConfig,
     ProcessesConfig,
     WatchConfig,
     SpikeConfig,
 ):
     """The fields that every method shares; each is declared beside the code that reads it."""
-
-    help_group = Group.DEVICES
-
-    compilation_cache_dir: str = option(
-        "~/.cache/jaxpost/xla", "Folder for compiled programs; empty for none.", may_change=True
-    )
 
     def __post_init__(self) -> None:
         check_parts(self)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxpost.compilation import keep_programs
 from jaxpost.completer import LoadConfig, check_least
 from jaxpost.data.chat import SFTDataConfig, encode_rows
 from jaxpost.data.completions import COMPARED, encode_pairs
@@ -70,6 +71,7 @@ def run_score(config: ScoreConfig) -> None:
             "jaxpost reward, or say what to evaluate a language model by: --reward_funcs, --judge or --tasks "
             "(--allow_untrained_head scores at random)"
         )
+    keep_programs(config)
     mesh = make_mesh(config.mesh)
     options = {"dtype": config.dtype, "compute": Compute(dtype=config.dtype), "mesh": mesh}
     model = source.load(head="reward", allow_nonfinite=config.allow_nonfinite_weights, **options)

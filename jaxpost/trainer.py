@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from jaxpost.base_model import open_base
+from jaxpost.compilation import keep_programs
 from jaxpost.data.fingerprint import digest
 from jaxpost.errors import ConfigError
 from jaxpost.hub import Repository
@@ -105,8 +106,7 @@ class Trainer:
         self.method, self.callbacks = method, as_callbacks(callbacks)
         self.args = _checked(method, args, compute_metrics)
         self.output_dir = Path(self.args.output_dir or "trainer_output")
-        if cache := self.args.compilation_cache_dir:
-            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+        keep_programs(self.args)
         join(self.args)
         self.mesh = make_mesh(self.args.mesh)
         lora = self.args.lora_config() if self.args.use_peft else None

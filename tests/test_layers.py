@@ -13,6 +13,7 @@ FLOOR = {
             "errors",
             "options",
             "platform",
+            "compilation",
             "chips",
             "locks",
             "writing",

@@ -1,6 +1,9 @@
 """`jaxpost generate`: several completions, stop strings, going on after a stop, mistakes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -41,6 +44,14 @@ def test_completions_of_a_prompt_follow_each_other(whole):
     assert [row["prompt"] for row in whole] == [prompt for prompt in PROMPTS for _ in range(2)]
     assert all(len(row["completion_ids"]) == len(row["logprobs"]) for row in whole)
     assert len({tuple(row["completion_ids"]) for row in whole}) == len(whole)
+
+
+def test_compiled_programs_are_kept_for_the_next_time(tiny_folder, prompts, tmp_path):
+    command = f"generate --model_name_or_path {tiny_folder} --dataset_name {prompts} --max_new_tokens 2"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    flags = ["--compilation_cache_dir", str(tmp_path / "xla")]
+    subprocess.run([sys.executable, "-m", "jaxpost", *command.split(), *flags], env=environment, check=True)
+    assert any((tmp_path / "xla").iterdir())
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same(tiny_folder, prompts, whole, tmp_path, monkeypatch):

@@ -1,0 +1,25 @@
+"""The folder where compiled programs are kept for the next process that needs them."""
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from jaxpost.options import Group, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompilationConfig:
+    """Whether they are kept, and where."""
+
+    help_group = Group.DEVICES
+
+    compilation_cache_dir: str = option(
+        "~/.cache/jaxpost/xla", "Folder for compiled programs; empty for none.", may_change=True
+    )
+
+
+def keep_programs(config: CompilationConfig) -> None:
+    """From here on what this process compiles is looked for there first, and left there where it took a second."""
+    if folder := config.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))

@@ -76,50 +76,29 @@ _ITS_OWN_NAMES = "give temperature, top_k, top_p, min_p and repetition_penalty b
 _MESH = "give mesh: by default all devices are on its axis fsdp, which splits parameters, gradients and optimizer"
 _LENGTHS = "prompts are not cut: give max_length and truncation_mode, and on_long_row says what becomes of longer rows"
 
+# How PyTorch, its loaders, its kernels and vLLM go about it.
+_NOTHING_HERE = """
+    average_tokens_across_devices batch_eval_metrics bnb_4bit_compute_dtype bnb_4bit_quant_storage cache_implementation
+    cast_lm_head_to_fp32 dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
+    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor dataset_batch_size dataset_num_proc
+    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout
+    device_map do_eval do_predict do_train eval_accumulation_steps eval_do_concat_batches eval_use_gather_object
+    full_determinism gradient_checkpointing_kwargs hub_always_push ignore_bias_buffers include_num_input_tokens_seen
+    label_pad_token_id length_column_name liger_kernel_config local_rank local_rollout_forward_batch_size log_level
+    log_level_replica log_multimodal log_on_each_node log_unique_prompts logging_dir logging_nan_inf_filter
+    lora_task_type low_cpu_mem_usage num_sample_generations padding_value prediction_loss_only remove_unused_columns
+    restore_callback_states_from_checkpoint save_on_each_node save_safetensors shuffle_dataset skip_memory_metrics tf32
+    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+    transformers_continuous_batching_config use_cache use_liger_kernel use_liger_loss use_logits_to_keep
+    use_transformers_continuous_batching use_transformers_paged use_vllm vllm_device vllm_enable_sleep_mode
+    vllm_gpu_memory_utilization vllm_group_port vllm_importance_sampling_cap vllm_importance_sampling_clip_max
+    vllm_importance_sampling_clip_min vllm_importance_sampling_correction vllm_importance_sampling_mode
+    vllm_max_model_length vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout
+    vllm_tensor_parallel_size
+""".split()  # noqa: SIM905 -- a list would be eighty lines
+
 FOREIGN: dict[str, Foreign] = {
-    # How PyTorch, its loaders and its kernels go about it.
-    **dict.fromkeys(
-        [
-            *(
-                "dataset_num_proc",
-                "dataset_batch_size",
-                "remove_unused_columns",
-                "save_safetensors",
-                "save_on_each_node",
-            ),
-            *(f"dataloader_{name}" for name in ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")),
-            *("dataloader_multiprocessing_context", "dataloader_in_order", "length_column_name", "use_logits_to_keep"),
-            *("gradient_checkpointing_kwargs", "use_liger_kernel", "use_liger_loss", "liger_kernel_config"),
-            *("torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "tf32"),
-            *(f"ddp_{name}" for name in ("backend", "broadcast_buffers", "bucket_cap_mb", "find_unused_parameters")),
-            *("ddp_static_graph", "ddp_timeout", "local_rank", "log_level", "log_level_replica", "log_on_each_node"),
-            *("logging_dir", "logging_nan_inf_filter", "skip_memory_metrics", "include_num_input_tokens_seen"),
-            *("average_tokens_across_devices", "do_train", "do_eval", "do_predict", "use_cache", "full_determinism"),
-            *("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics"),
-            *(
-                "prediction_loss_only",
-                "padding_value",
-                "label_pad_token_id",
-                "lora_task_type",
-                "bnb_4bit_quant_storage",
-            ),
-            *(
-                "bnb_4bit_compute_dtype",
-                "ignore_bias_buffers",
-                "low_cpu_mem_usage",
-                "device_map",
-                "cast_lm_head_to_fp32",
-            ),
-            *("restore_callback_states_from_checkpoint", "hub_always_push", "shuffle_dataset", "log_multimodal"),
-            *("log_unique_prompts", "num_sample_generations", "local_rollout_forward_batch_size"),
-            *("cache_implementation", "use_transformers_paged", "use_transformers_continuous_batching"),
-            *("transformers_continuous_batching_config", "use_vllm", "vllm_gpu_memory_utilization", "vllm_model_impl"),
-            *("vllm_tensor_parallel_size", "vllm_max_model_length", "vllm_enable_sleep_mode", "vllm_server_host"),
-            *("vllm_server_port", "vllm_server_timeout", "vllm_server_base_url", "vllm_group_port", "vllm_device"),
-            *(f"vllm_importance_sampling_{name}" for name in ("correction", "mode", "cap", "clip_max", "clip_min")),
-        ],
-        Foreign(_any),
-    ),
+    **dict.fromkeys(_NOTHING_HERE, Foreign(_any)),
     # Called otherwise.
     "torch_dtype": Foreign(lambda value: value is None, _dtype),
     "model_init_kwargs": Foreign(_unset, _model_init),

@@ -76,7 +76,7 @@ def our_log(method, folders, data, out, tmp_path, **changes):  # noqa: F811
             ]
         return found
 
-    with patch("jaxpost.trainer.write_curves"), patch("jaxpost.online.generate", given):
+    with patch("jaxpost.record.write_curves"), patch("jaxpost.online.generate", given):
         assert main(words) == 0
     table = pq.read_table(next((out / "completions").iterdir())).to_pydict()
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

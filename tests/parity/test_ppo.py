@@ -144,7 +144,7 @@ def our_update(folders, given, out, tmp_path, **changes):
         return [Completion(ids, [0.0] * len(ids), ids[-1] == END) for ids in texts]
 
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    with patch("jaxpost.trainer.write_curves"), patch("jaxpost.online.generate", chosen):
+    with patch("jaxpost.record.write_curves"), patch("jaxpost.online.generate", chosen):
         assert main(["ppo", *words]) == 0
     [row] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return row

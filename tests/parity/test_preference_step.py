@@ -77,7 +77,7 @@ def our_log(method, folders, rows, output_dir, **changes):
     words = [method, "--model_name_or_path", str(policy)]
     for name, value in flags.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    with patch("jaxpost.trainer.write_curves"):  # drawing takes longer than the step
+    with patch("jaxpost.record.write_curves"):  # drawing takes longer than the step
         assert main(words) == 0
     return [json.loads(line) for line in (output_dir / "run" / "metrics.jsonl").read_text().splitlines()]
 

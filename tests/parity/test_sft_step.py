@@ -87,7 +87,7 @@ def our_log(folder, rows, output_dir, **changes):
     changes = {"max_length": 256, **changes}
     flags = [word for name, value in changes.items() for word in (f"--{name}", "null" if value is None else str(value))]
     command = ["sft", "--model_name_or_path", folder, "--dataset_name", data, "--output_dir", output_dir / "run"]
-    with patch("jaxpost.trainer.write_curves"):  # drawing takes longer than the step
+    with patch("jaxpost.record.write_curves"):  # drawing takes longer than the step
         assert main([*map(str, command), *shared.split(), "--tokenized_cache_dir", "", *flags]) == 0
     return json.loads((output_dir / "run" / "metrics.jsonl").read_text().splitlines()[0])
 

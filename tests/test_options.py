@@ -61,5 +61,5 @@ def test_a_field_with_another_default_takes_what_it_took_before(config):
 def test_every_part_that_methods_share_has_a_heading():
     shared = [part for part in METHODS["sft"].config.__mro__ if dataclasses.is_dataclass(part)]
     named = {part.__name__ for part in shared if "help_group" not in vars(part)}
-    assert named == {"SFTConfig", "SFT", "ObjectiveBase"}
+    assert named == {"SFTConfig", "TrainConfig", "SFT", "ObjectiveBase"}  # the method's own, and without fields
     assert {vars(part)["help_group"] for part in shared if "help_group" in vars(part)} <= set(Group)

@@ -109,6 +109,13 @@ class Completer:
         self.ends = eos_ids(self.tokenizer, checkpoint.generation_config, checkpoint.config, self.vocab_size)
         self.mesh = make_mesh(config.mesh)
 
+    def too_long(self, max_new_tokens: int) -> str:
+        """What an error says of completions that leave no room for a prompt."""
+        return (
+            f"max_new_tokens is {max_new_tokens}, but the model reads {self.max_positions} tokens, prompt and "
+            "completion together; lower it"
+        )
+
     def load(self) -> Decoder:
         """The model with its weights, which are read once.
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpost.data.chat import ACCEPTED, SFTDataConfig
@@ -82,6 +83,8 @@ class TrainConfig(
 
     def __post_init__(self) -> None:
         check_parts(self)
+        if self.compilation_cache_dir and Path(self.compilation_cache_dir).expanduser().is_file():
+            raise ConfigError(f"compilation_cache_dir {self.compilation_cache_dir} is a file; give a folder")
         if self.load_best_model_at_end and not self._evaluates_what_it_saves():
             rhythm = f"eval_strategy is {self.eval_strategy}, save_strategy {self.save_strategy}"
             raise ConfigError(

@@ -45,10 +45,7 @@ def asked(rows: Rows, completer: Completer, max_new_tokens: int) -> Prompts:
     """
     room = completer.max_positions - max_new_tokens
     if room < 1:
-        raise ConfigError(
-            f"max_new_tokens is {max_new_tokens}, but the model reads {completer.max_positions} tokens, prompt and "
-            "completion together; lower it"
-        )
+        raise ConfigError(completer.too_long(max_new_tokens))
     options = {"vocab_size": completer.vocab_size, "max_tokens": room, "remedy": "lower --max_new_tokens"}
     return read_prompts(rows, completer.tokenizer, **options)
 

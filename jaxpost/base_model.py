@@ -92,6 +92,8 @@ def open_base(
         lora = replace(lora, modules_to_save=[*(lora.modules_to_save or ()), "score"])
     if tokenizer is None:
         raise ConfigError("no tokenizer: give processing_class along with a loaded model")
+    if isinstance(tokenizer, str | os.PathLike):
+        raise ConfigError(f"processing_class is {str(tokenizer)!r}; give AutoTokenizer.from_pretrained of it")
     tokenizer = prepare_tokenizer(tokenizer, args)
     vocab_size, notes = _grown(tokenizer, config.vocab_size, lora)
     special = special_ids(tokenizer, generation_config, config.hf, vocab_size)

@@ -155,6 +155,8 @@ class OfMethod:
         first = words[0] if words else ""
         if first in METHODS:
             named, words = first, words[1:]
+        elif first and not first.startswith("-"):
+            named = one_of(name, first, tuple(METHODS))
         elif isinstance(self.otherwise, Runs):
             return self.otherwise.opened(name, words)
         else:

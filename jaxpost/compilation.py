@@ -2,9 +2,11 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
+from jaxpost.errors import ConfigError
 from jaxpost.options import Group, option
 
 
@@ -17,6 +19,10 @@ class CompilationConfig:
     compilation_cache_dir: str = option(
         "~/.cache/jaxpost/xla", "Folder for compiled programs; empty for none.", may_change=True
     )
+
+    def __post_init__(self) -> None:
+        if self.compilation_cache_dir and Path(self.compilation_cache_dir).expanduser().is_file():
+            raise ConfigError(f"compilation_cache_dir {self.compilation_cache_dir} is a file; give a folder")
 
 
 def keep_programs(config: CompilationConfig) -> None:

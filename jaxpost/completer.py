@@ -37,6 +37,7 @@ class LoadConfig(CompilationConfig):
     allow_nonfinite_weights: bool = option(False, "Load a model even if its weights hold NaN or infinity.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choices(self)
 
 
@@ -110,6 +111,13 @@ class Completer:
         self.vocab_size, self.max_positions = model_config.vocab_size, model_config.max_positions
         self.ends = eos_ids(self.tokenizer, checkpoint.generation_config, checkpoint.config, self.vocab_size)
         self.mesh = make_mesh(config.mesh)
+
+    def too_long(self, max_new_tokens: int) -> str:
+        """What an error says of completions that leave no room for a prompt."""
+        return (
+            f"max_new_tokens is {max_new_tokens}, but the model reads {self.max_positions} tokens, prompt and "
+            "completion together; lower it"
+        )
 
     def load(self) -> Decoder:
         """The model with its weights, which are read once.

@@ -57,11 +57,12 @@ def file_words(path: Path, known: set[str]) -> list[str]:
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
+        remedy = "; indent with spaces, not with tabs" if "'\\t'" in str(error) else ""
+        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())}){remedy}") from error
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"--config {path}: expected a mapping of flags to values")
+        raise ConfigError(f"--config {path}: expected a mapping of flags to values, such as learning_rate: 1e-5")
     flags: list[str] = []
     seen: set[str] = set()
     for key_node, value_node in root.value:
@@ -70,7 +71,9 @@ def file_words(path: Path, known: set[str]) -> list[str]:
             raise ConfigError(f"--config {path}, line {line}: {key!r} is given twice")
         seen.add(key)
         if key not in known:
-            raise ConfigError(f"--config {path}, line {line}: unknown key {key!r}{nearest(key, known)}")
+            raise ConfigError(
+                f"--config {path}, line {line}: unknown key {key!r}{nearest(key, known)}; --help lists them"
+            )
         values = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
         if not all(isinstance(value, yaml.ScalarNode | yaml.MappingNode) for value in values):
             raise ConfigError(f"--config {path}, line {line}: {key!r} must be a value or a list of values")

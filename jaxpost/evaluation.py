@@ -11,6 +11,7 @@ from jaxpost.rewarded import run_rewarded
 from jaxpost.rl.rewards import RewardFunctionsConfig
 from jaxpost.scoring import ScoreConfig, run_score
 from jaxpost.win_rate import WinRateConfig, run_win_rate
+from jaxpost.writing import check_output_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class EvaluateConfig(ScoreConfig, CompletionsConfig, RewardFunctionsConfig, WinR
 
     def __post_init__(self) -> None:
         check_parts(self)
+        check_output_file(self.output_file)
 
 
 def _names(config: Any) -> set[str]:

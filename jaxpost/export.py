@@ -1,6 +1,7 @@
 """`jaxpost export`: a trained model, or an adapter merged into its base, as a plain Hugging Face folder."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxpost.errors import ConfigError
 from jaxpost.models.adapters import merge_adapter
@@ -39,6 +40,12 @@ def run_export(config: ExportConfig) -> None:
         if vars(config)[name] is None:
             raise ConfigError(f"export needs --{name}")
     source, target = open_source(str(config.model_name_or_path)), str(config.output_dir)
+    if not source.has_trained_head(config.head):
+        raise ConfigError(
+            f"{source.name} has no trained reward head; train one with jaxpost reward, or leave out --head"
+        )
+    if Path(target).resolve() == Path(str(config.model_name_or_path)).resolve():
+        raise ConfigError(f"output_dir {target} is the folder of the model itself; give another")
     model = source.load(head=config.head, dtype=config.dtype, allow_nonfinite=config.allow_nonfinite_weights)
     tokenizer = source.tokenizer()
     if config.merge_adapter:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import wraps
+from numbers import Integral
 from typing import Any, NamedTuple, TypeVar, dataclass_transform, get_args, get_origin
 
 from jaxpost.errors import ConfigError
@@ -192,6 +193,7 @@ def settled(given: Mapping[str, Any], config: type[Any]) -> dict[str, Any]:
             if name in taken:
                 raise ConfigError(f"{name} is given by two names; leave one out")
             taken[name] = _fitting(name, value, kinds[name])
+            _check_kind(name, taken[name], kinds[name])
             continue
         if name not in FOREIGN:
             hint = nearest(name, [*kinds, *FOREIGN])
@@ -211,6 +213,17 @@ def _fitting(name: str, value: Any, kind: Any) -> Any:
         value = VALUES.get(name, {}).get(value, value)
     takes_list = any(get_origin(each) is list for each in (kind, *get_args(kind)))
     return [value] if isinstance(value, str) and takes_list else value
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    """Refuse what would count as another value than was meant: a text as a switch, a part of a number of things."""
+    kinds = get_args(kind) or (kind,)
+    if value is None or isinstance(value, Integral):
+        return
+    if bool in kinds:
+        raise ConfigError(f"{name} is {value!r}; give True or False")
+    if int in kinds and not {float, str} & {*kinds}:
+        raise ConfigError(f"{name} is {value!r}; give a whole number")
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))

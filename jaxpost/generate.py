@@ -14,7 +14,7 @@ from jaxpost.data.rows import Rows
 from jaxpost.data.sources import load_rows
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.options import check_parts, option
-from jaxpost.writing import Progress, write_lines
+from jaxpost.writing import Progress, check_output_file, write_lines
 
 ROUNDS = 4  # batches of completions between two writes
 
@@ -33,6 +33,7 @@ class GenerateConfig(LoadConfig, CompletionsConfig):
     def __post_init__(self) -> None:
         check_parts(self)
         check_least(self, "batch_size")
+        check_output_file(self.output_file)
 
 
 def run_generate(config: GenerateConfig) -> None:
@@ -48,6 +49,8 @@ def run_generate(config: GenerateConfig) -> None:
     if "prompt" not in rows.column_names:
         raise DataError(f"{config.dataset_name}: no column 'prompt'; columns: {', '.join(rows.column_names)}")
     completer = Completer(config, "generate")
+    if config.max_new_tokens > completer.max_positions:
+        raise ConfigError(completer.too_long(config.max_new_tokens))
     prompts = _prompts(rows, completer, str(config.dataset_name))
     each, asked = config.num_return_sequences, rows["prompt"]
     completer.load()

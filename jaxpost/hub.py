@@ -1,6 +1,7 @@
 """Pushing what a run has made to the Hugging Face Hub."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from jaxpost.errors import ConfigError, HubError, one_line
 from jaxpost.options import Group, option
 
 Got = TypeVar("Got")
+NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 NOT_PUSHED = ("checkpoints/**", "completions/**", "runs/**", ".*", "*.tmp*")  # of output_dir: no part of the model
 
 
@@ -38,6 +40,8 @@ class HubConfig:
             raise ConfigError(
                 f"hub_strategy is {self.hub_strategy!r}; a run is pushed when it ends: give end, or leave it out"
             )
+        if self.hub_model_id is not None and not NAME.fullmatch(self.hub_model_id):
+            raise ConfigError(f"hub_model_id is {self.hub_model_id!r}; give owner/name, or name alone")
 
 
 class Repository:
@@ -63,7 +67,7 @@ class Repository:
         self._api = HfApi(token=self._token)
         made = self._asked(
             lambda: self._api.create_repo(self.name, private=config.hub_private_repo, exist_ok=True, repo_type="model"),
-            "cannot be made",
+            "cannot be made; log in with `hf auth login`, name it with --hub_model_id, or leave out --push_to_hub",
         )
         self.name = made.repo_id
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxpost.errors import ConfigError
+from jaxpost.errors import ConfigError, JaxpostError
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -32,14 +34,17 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 def run_lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a run's folder, which is made where it is missing; a killed run's lock is gone with it.
 
+    A run that is refused before it has written anything leaves no folder that was not there.
+
     The lock is the kernel's; the file says who has it. Where the file system has no locks, nobody is kept out.
 
     Raises:
         ConfigError: another run is at work there, or the folder cannot be written.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f"output_dir {folder} cannot be written ({error.strerror}); choose another") from None
     try:
@@ -54,6 +59,12 @@ def run_lock(folder: Path) -> Iterator[None]:
             pass  # no locks here
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
+        try:
+            yield
+        except JaxpostError:
+            if made and [path.name for path in folder.iterdir()] == [LOCK]:  # refused before anything was written
+                (folder / LOCK).unlink()
+                folder.rmdir()
+            raise
     finally:
         os.close(handle)

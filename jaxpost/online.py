@@ -22,7 +22,6 @@ from jaxpost.errors import ConfigError, DataError
 from jaxpost.methods import Method
 from jaxpost.models.actor_critic import policy_of
 from jaxpost.models.adapters import folded
-from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Batch
 from jaxpost.offline import Run
 from jaxpost.options import part_of
@@ -149,7 +148,8 @@ class Online:
 
     def _rewards(self, given: Sequence[RewardFunction] | RewardFunction | None) -> Rewards:
         args, tokenizer = self.args, self.base.tokenizer
-        named = [given] if isinstance(given, str | Decoder) or callable(given) else list(given or [])
+        named = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        named = [each for each in named if each is not None]
         options = {"dtype": args.dtype, "batch_size": args.per_device_eval_batch_size}
         functions = [reward_function(function, tokenizer, **options) for function in named]
         functions += [reward_model(path, "reward_model_path", **options) for path in args.reward_models]
@@ -256,7 +256,7 @@ def prompts_of(rows: Rows, args: Any, base: BaseModel) -> Prompts:
     if room < 1:
         raise ConfigError(
             f"max_completion_length is {args.max_completion_length}, but the model reads "
-            f"{base.config.max_positions} tokens, prompt and completion together"
+            f"{base.config.max_positions} tokens, prompt and completion together; lower it"
         )
     options = {"vocab_size": base.vocab_size, "max_tokens": room, "bad_rows": bad_rows}
     prompts = read_prompts(rows, base.tokenizer, **options)

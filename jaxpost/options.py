@@ -8,6 +8,17 @@ from typing import Any
 
 from jaxpost.errors import ConfigError
 
+# Short names of flags that are near to none by their letters.
+MEANT = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "model": "model_name_or_path",
+    "dataset": "dataset_name",
+    "lora_rank": "lora_r",
+}
+
 
 class Group(StrEnum):
     """The headings of `--help`, in their order; a part of a config names its own as `help_group`.
@@ -98,7 +109,9 @@ def check_choices(config: Any) -> None:
 
 def nearest(word: str, candidates: Any) -> str:
     """Return ` (did you mean 'x'?)` for the candidate closest to `word`, or an empty string."""
-    matches = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.6)
+    bare, known = str(word).lstrip("-"), list(candidates)
+    meant = str(word).removesuffix(bare) + MEANT.get(bare, bare)
+    matches = [meant] if meant in known else difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 from jaxpost.config_file import file_words
 from jaxpost.errors import ConfigError
 from jaxpost.options import Group, nearest, option
+
+OF_FLAG = re.compile(r"argument (--\w+)(?:/--[\w-]+)?: ")  # how argparse names a flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ def parse_all(parts: Sequence[Any], command: str, flags: list[str]) -> tuple[Any
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
 
     def refuse(message: str) -> Any:
+        message = OF_FLAG.sub(r"\1: ", message).replace("expected one argument", "it needs a value")
         raise ConfigError(f"{command}: {message}")
 
     parser.error = refuse
@@ -59,10 +64,24 @@ def parse_all(parts: Sequence[Any], command: str, flags: list[str]) -> tuple[Any
         args=words, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        name = next((word for word in unknown if word.startswith("-")), unknown[0])
-        near = nearest(name, [f"--{flag}" for flag in known])
-        raise ConfigError(f"{command}: unknown flag {name}{near}; see jaxpost {command} --help")
+        raise ConfigError(f"{command}: {_unknown(unknown, command, known)}")
     return tuple(_without(config, nulls) for config in configs)
+
+
+def _unknown(words: Sequence[str], command: str, known: set[str]) -> str:
+    """What an error says of words that no flag takes."""
+    from jaxpost.methods import METHODS
+
+    name = next((word for word in words if word.startswith("-")), "").partition("=")[0]
+    if not name:
+        return f"{words[0]!r} belongs to no flag; a value stands behind one, see jaxpost {command} --help"
+    field = name.lstrip("-").replace("-", "_")
+    having = [
+        method.name for method in METHODS.values() if field in {each.name for each in dataclasses.fields(method.config)}
+    ]
+    if having and command in METHODS and command not in having:
+        return f"{name} is a flag of {', '.join(having)}, not of {command}; leave it out"
+    return f"unknown flag {name}{nearest(name, [f'--{flag}' for flag in known])}; see jaxpost {command} --help"
 
 
 def _without(config: Any, nulls: set[str]) -> Any:
@@ -96,9 +115,12 @@ def _take_nulls(words: list[str], parts: Sequence[Any]) -> tuple[list[str], set[
 
 def _mapping(text: str) -> dict[str, Any]:
     """A JSON object, which is also how the mappings of a YAML file arrive here."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise ValueError("not a mapping")
+        raise ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"key\": 1}}'")
     return value
 
 

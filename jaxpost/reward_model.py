@@ -24,6 +24,8 @@ def reward_function(function: RewardFunction, tokenizer: Any, **options: Any) ->
         return str(named(function, "reward_funcs"))
     if isinstance(function, str) and Path(function).is_dir():
         return reward_model(function, "reward_funcs", **options)
+    if not isinstance(function, str) and not callable(function):
+        raise ConfigError(f"reward_funcs: {function!r} is no function; give functions, or their names")
     return function
 
 

@@ -20,6 +20,12 @@ def replace_file(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def check_output_file(path: str | None) -> None:
+    """Raise ConfigError for a file to be written where there is a folder, before what is written is made."""
+    if path is not None and Path(path).is_dir():
+        raise ConfigError(f"--output_file {path} is a folder; name a file in it")
+
+
 def write_lines(path: str | None, lines: Iterable[str]) -> None:
     """Write lines to a file, whose folder is made where it is missing; None for the terminal.
 

@@ -78,7 +78,7 @@ BAD_FLAGS = {
     "--resume_from_checkpoint true": "holds no checkpoint",
     "--model_name_or_path ./nowhere": "neither a local folder nor",
     "--eval_strategy steps": "has no split 'test'",
-    "stray": "unknown flag stray",
+    "stray": "'stray' belongs to no flag",
 }
 
 

@@ -93,6 +93,8 @@ def load_rows(
             raise DataError(f"{folder.parent} has no folder {folder.name!r}; found: {_sub_folders(folder.parent)}")
         files = _files_in_folder(folder) if data_files is None else _listed_files(folder, data_files)
     elif path.is_file():
+        if config_name is not None:
+            raise DataError(f"{path} is one file, which has no configuration {config_name!r}; leave dataset_config out")
         files = {"train": [path]}
     elif glob.has_magic(name_or_path):
         files = _by_split(_matches(path), str(path))

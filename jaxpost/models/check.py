@@ -39,7 +39,9 @@ def check_tensors(config: ModelConfig, head: str, checkpoint: Checkpoint, shapes
         )
     needed = hf_tensors(rows, shapes)
     if head == "lm" and SCORE in names:
-        raise ConfigError(f'{source} is a reward model (it has {SCORE}); load it with head="reward"')
+        raise ConfigError(
+            f'{source} is a reward model (it has {SCORE}); give a language model, or load it with head="reward"'
+        )
     is_classifier = "ForSequenceClassification" in str(config.hf.get("architectures"))
     may_lack = set() if is_classifier else {SCORE}
     ignored = {LM_HEAD} if config.tie_embeddings or head == "reward" else set()

@@ -48,6 +48,10 @@ def open_checkpoint(name_or_path: str | os.PathLike[str], revision: str | None =
         if not os.path.isfile(path):
             raise ConfigError(f"model file {path} does not exist")
         return GGUFCheckpoint(path)
+    if os.path.isfile(path):
+        raise ConfigError(
+            f"model {path} is a file; give the folder that holds config.json and *.safetensors, or a .gguf"
+        )
     folder = FolderCheckpoint(path if os.path.isdir(path) else download(str(name_or_path), revision))
     if "text_config" not in folder.config:
         return folder
@@ -160,7 +164,7 @@ def _map_weights(folder: Path) -> dict[str, np.ndarray]:
             f"{pickles[0]}: pickled weights can run code and are never opened; "
             "convert them with transformers' save_pretrained (safetensors)"
         )
-    raise ConfigError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    raise ConfigError(f"{folder}: no model.safetensors and no model.safetensors.index.json; download the model again")
 
 
 def _map_shards(index: Path) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from jaxpost.methods import METHODS
 from jaxpost.options import option
 from jaxpost.reporting.page import page
 from jaxpost.reporting.runs import Run, names_of, read_run
-from jaxpost.writing import write_lines
+from jaxpost.writing import check_output_file, write_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,7 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ConfigError("report needs a run: jaxpost report RUN [RUN ...], each the output_dir of one")
-        if Path(self.output_file).is_dir():
-            raise ConfigError(f"--output_file {self.output_file} is a folder; name a file in it")
+        check_output_file(self.output_file)
 
 
 def run_report(config: ReportConfig) -> None:

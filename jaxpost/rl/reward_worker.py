@@ -74,6 +74,8 @@ def find(source: Source) -> Callable[..., Any]:
         spec.loader.exec_module(found)
     for part in source.name.split("."):
         found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{source.name} is {type(found).__name__}, no function")
     return found
 
 

@@ -248,7 +248,7 @@ def _by_name(text: str) -> tuple[str, Runner]:
     path, colon, name = text.rpartition(":")
     if colon and path.endswith(".py"):
         if not Path(path).is_file():
-            raise ConfigError(f"reward_funcs: there is no file {path}")
+            raise ConfigError(f"reward_funcs: there is no file {path}; give file.py:function")
         return name, Process(Source("file", str(Path(path).resolve()), name, {}, []))
     name, options = _options(text)
     known = (*FUNCTIONS, *FACTORIES)

@@ -129,6 +129,8 @@ def as_callbacks(given: Sequence[Any] | None) -> list[Callback]:
     Raises:
         ConfigError: one is none.
     """
+    if not isinstance(given, Sequence | None):
+        raise ConfigError(f"callbacks is {type(given).__name__}; give a list of them")
     made = [each() if isinstance(each, type) else each for each in given or ()]
     for each in made:
         if not isinstance(each, Callback):

@@ -322,7 +322,9 @@ class Checkpoints:
         if asked in ("", "false"):
             return None
         if not steps:
-            raise ConfigError(f"--resume_from_checkpoint {asked}: {self.folder} holds no checkpoint")
+            raise ConfigError(
+                f"--resume_from_checkpoint {asked}: {self.folder} holds no checkpoint; leave it out to begin anew"
+            )
         if asked in ("true", "latest"):
             return None
         if not asked.isdigit() or int(asked) not in steps:

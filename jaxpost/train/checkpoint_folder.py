@@ -31,6 +31,8 @@ class CheckpointFolder:
             raise ConfigError(f"checkpoint_dir {path} needs a package: pip install 'jaxpost[gcs]'") from error
         except Exception as error:  # of the storage: no such bucket, no right to it, no network
             raise ConfigError(f"checkpoint_dir {path} cannot be reached: {one_line(error)}") from error
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"checkpoint_dir {path} is a file; give a folder")
 
     def __str__(self) -> str:
         return str(self.path)

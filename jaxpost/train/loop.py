@@ -34,6 +34,8 @@ class LoopConfig:
             raise ConfigError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 to go by num_train_epochs")
         if self.num_train_epochs <= 0:
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""

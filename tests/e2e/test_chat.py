@@ -202,7 +202,7 @@ def test_a_model_without_a_template_goes_on_with_each_text(folder, tmp_path, mon
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max_new_tokens", "256"], "the model reads 256 tokens, prompt and answer together; lower it"),
+        (["--max_new_tokens", "256"], "the model reads 256 tokens, prompt and completion together; lower it"),
         (["--max_new_tokens", "0"], "max_new_tokens is 0"),
         (["--top_p", "0"], "top_p is 0.0"),
         (["--model_name_or_path", "./nowhere"], "neither a local folder"),

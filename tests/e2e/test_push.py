@@ -71,7 +71,8 @@ def test_a_hub_that_refuses_is_one_line_before_the_first_step(hub, tiny_folder, 
     hub.fault = OSError(f"401 for {TOKEN}\nlog in")
     assert command(tiny_folder, tmp_path, "--push_to_hub", "--hub_token", TOKEN) == 78
     error = capsys.readouterr().err
-    assert error == "jaxpost: the repository run on the Hub cannot be made (401 for *** log in)\n"
+    assert error.startswith("jaxpost: the repository run on the Hub cannot be made; log in with `hf auth login`")
+    assert error.endswith("(401 for *** log in)\n") and error.count("\n") == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

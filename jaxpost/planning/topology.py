@@ -44,7 +44,8 @@ def devices_of(topology: Topology) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if not jax.config.jax_platforms:  # or its plugins look for the chips
+        jax.config.update("jax_platforms", "cpu")
     if topology.chip.platform == "tpu":
         os.environ["TPU_LIBRARY_PATH"] = str(_libtpu(topology.name))
         for name, value in TPU_SETTINGS.items():

@@ -57,10 +57,8 @@ USUAL = [
     *[("moe", "fsdp=2,expert=4"), ("moe", "fsdp=2,expert=2,tensor=2")],
 ]
 NUM_STEPS = 3
-# Compiling is most of the time; what is split, and the order of sums, does not depend on these.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
+# Compiling is most of the time; what is split, and the order of sums, does not depend on it.
+QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 
 
 class Outcome(NamedTuple):

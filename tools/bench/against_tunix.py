@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import compared, said, store
+from measure import compared, in_turn, store
 from train import GROUP, WARM, as_folder
 
 RATE = 1e-6
@@ -204,11 +204,10 @@ def compare(args: argparse.Namespace) -> None:
         if args.method == "sft":
             what, amount = "tokens", sum(len(row["input_ids"]) for row in counted)
         command = [__file__, *sys.argv[1:], "--model", model, "--rows", str(file), "--only"]
-        for _ in range(args.rounds):
-            for name, python in (("jaxpost", sys.executable), ("tunix", args.tunix)):
-                run = said([*command, name], python, env=environment)
-                runs[name].append(run)
-                print(f"{name:8} {amount / run['seconds']:7.2f} {what}/s, {run}", flush=True)
+        sides = {name: [*command, name] for name in runs}
+        for name, run in in_turn(sides, args.rounds, {"tunix": args.tunix}, env=environment):
+            runs[name].append(run)
+            print(f"{name:8} {amount / run['seconds']:7.2f} {what}/s, {run}", flush=True)
     speeds = {name: [amount / run["seconds"] for run in each] for name, each in runs.items()}
     store(args.output, title(args), compared(speeds, f"{what}/s"), {"runs": runs})
 

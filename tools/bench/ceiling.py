@@ -10,68 +10,26 @@ all rounds counts, since whatever else the machine does only takes away. Without
 import argparse
 import importlib.util
 import json
-from collections.abc import Callable
-from typing import Any
 
-from measure import CALLS, in_turn, rate, store
+from limits import Kernel, Library, Torch, Xla
+from measure import in_turn, rate, store
 
 KERNELS = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
-COPIED = 2**27  # numbers of 4 bytes
 
 
-def run_xla(args: argparse.Namespace) -> dict[str, float]:
-    import jax
-    import jax.numpy as jnp
-
-    multiply, negate = jax.jit(jnp.matmul), jax.jit(jnp.negative, donate_argnums=0)
-    numbers = jnp.ones(COPIED)
-
-    def product(rows: int, dtype: str) -> Callable[[], Any]:
-        pairs = [(jnp.ones((rows, m), dtype), jnp.ones((m, n), dtype)) for m, n in kernels(args)]
-        return lambda: jax.block_until_ready([multiply(*pair) for _ in range(CALLS) for pair in pairs])
-
-    def copy() -> None:
-        nonlocal numbers
-        for _ in range(CALLS):
-            numbers = negate(numbers)
-        numbers.block_until_ready()
-
-    return speeds(args, product, rate(2 * numbers.nbytes, copy))
-
-
-def run_torch(args: argparse.Namespace) -> dict[str, float]:
-    import torch
-
-    torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    numbers = torch.ones(COPIED, device=device)
-    other = torch.empty_like(numbers)
-
-    def product(rows: int, dtype: str) -> Callable[[], Any]:
-        made = {"dtype": getattr(torch, dtype), "device": device}
-        pairs = [(torch.ones(rows, m, **made), torch.ones(n, m, **made)) for m, n in kernels(args)]
-        linear = torch.nn.functional.linear
-        return lambda: ([linear(*pair) for _ in range(CALLS) for pair in pairs], wait())
-
-    copied = rate(2 * numbers.nbytes, lambda: ([other.copy_(numbers) for _ in range(CALLS)], wait()))
-    return speeds(args, product, copied)
-
-
-def kernels(args: argparse.Namespace) -> list[tuple[int, int]]:
+def kernels(args: argparse.Namespace) -> list[Kernel]:
     """[in, out] of the matrices that rows are multiplied with."""
     return [tuple(args.kernel)] if args.kernel else KERNELS
 
 
-def speeds(
-    args: argparse.Namespace, product: Callable[[int, str], Callable[[], Any]], copied: float
-) -> dict[str, float]:
+def speeds(args: argparse.Namespace, library: Library) -> dict[str, float]:
     """By what is measured: GFLOP/s of products, GB/s of a copy."""
-    found = {"copy, GB/s": copied / 1e9}
+    found = {"copy, GB/s": library.copied() / 1e9}
     for dtype in args.dtypes:
         for rows in args.rows:
             flops = sum(2 * rows * m * n for m, n in kernels(args))
-            found[f"{dtype} at {rows} rows, GFLOP/s"] = rate(flops, product(rows, dtype)) / 1e9
+            product = library.product(rows, kernels(args), dtype)
+            found[f"{dtype} at {rows} rows, GFLOP/s"] = rate(flops, product) / 1e9
     return found
 
 
@@ -86,7 +44,7 @@ def main() -> None:
     parser.add_argument("--output", help="write the figures to this .json")
     args = parser.parse_args()
     if args.only:
-        print(json.dumps({"xla": run_xla, "torch": run_torch}[args.only](args)))
+        print(json.dumps(speeds(args, Xla() if args.only == "xla" else Torch(args.threads))))
         return
     names = ["xla"] + ["torch"] * (importlib.util.find_spec("torch") is not None)
     flags = [word for name in ("rows", "dtypes") for word in (f"--{name}", *map(str, getattr(args, name)))]

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import CALLS, compared, in_turn, rate, store
+from limits import Kernel, Library, Torch, Xla
+from measure import compared, in_turn, rate, store
 from train import as_folder
 
 ROWS = 64  # of the matrix that is multiplied with kernels while decoding
 PROMPT_ROWS = 1024  # while reading prompts
-COPIED = 2**27  # numbers
-Shapes = Counter[tuple[int, int]]  # how often a kernel [in, out] is there
+Shapes = Counter[Kernel]  # how often one is there
 
 
 def make_requests(args: argparse.Namespace) -> dict[str, Any]:
@@ -95,40 +95,24 @@ def run_jaxpost(args: argparse.Namespace, requests: dict[str, Any]) -> dict[str,
     seconds, completions = twice(complete)
     assert [len(completion.tokens) for completion in completions] == np.repeat(limits, each).tolist()
     digests = [hashlib.sha256(np.array(completion.tokens).tobytes()).hexdigest() for completion in completions]
-    return seconds | {"digests": digests} | jax_speeds(model)
+    return seconds | {"digests": digests} | speeds(*jax_kernels(model), Xla())
 
 
-def jax_speeds(model: Any) -> dict[str, float]:
+def jax_kernels(model: Any) -> tuple[Shapes, Kernel]:
+    """Of its layers, and the last one."""
     import jax
-    import jax.numpy as jnp
     from flax import nnx
 
     stacked = [leaf.shape for leaf in jax.tree.leaves(nnx.state(model.layers)) if leaf.ndim == 3]
     shapes = Counter((inside, outside) for layers, inside, outside in stacked for _ in range(layers))
-    # In place: the pages of a new array cost more than filling them.
-    multiply, negate = jax.jit(jnp.matmul), jax.jit(jnp.negative, donate_argnums=0)
-
-    def product(rows: int, shape: tuple[int, int]) -> Callable[[], Any]:
-        x, kernel = jnp.ones((rows, shape[0])), jnp.ones(shape)
-        return lambda: jax.block_until_ready([multiply(x, kernel) for _ in range(CALLS)])
-
-    numbers = jnp.ones(COPIED)
-
-    def copy() -> None:
-        nonlocal numbers
-        for _ in range(CALLS):
-            numbers = negate(numbers)
-        numbers.block_until_ready()
-
-    copied = rate(2 * numbers.nbytes, copy)
-    return speeds(shapes, (model.config.embed_dim, model.config.vocab_size), product) | {"copied": copied}
+    return shapes, (model.config.embed_dim, model.config.vocab_size)
 
 
 def run_transformers(args: argparse.Namespace, requests: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-    torch.set_num_threads(args.threads)
+    library = Torch(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
     model.generation_config.eos_token_id = None
@@ -169,28 +153,16 @@ def run_transformers(args: argparse.Namespace, requests: dict[str, Any]) -> dict
         return drawn
 
     seconds, _ = twice(complete)
-    return seconds | torch_speeds(model)
+    return seconds | speeds(*torch_kernels(model), library)
 
 
-def torch_speeds(model: Any) -> dict[str, float]:
+def torch_kernels(model: Any) -> tuple[Shapes, Kernel]:
+    """Of its layers, and the last one."""
     import torch
 
     kernels = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    shapes = Counter((kernel.shape[1], kernel.shape[0]) for kernel in kernels)
     last = tuple(model.get_output_embeddings().weight.shape[::-1])
-
-    def wait() -> None:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def product(rows: int, shape: tuple[int, int]) -> Callable[[], Any]:
-        x, kernel = (torch.ones(size, device=model.device) for size in ((rows, shape[0]), shape[::-1]))
-        return lambda: ([torch.nn.functional.linear(x, kernel) for _ in range(CALLS)], wait())
-
-    numbers = torch.ones(COPIED, device=model.device)
-    copy = torch.empty_like(numbers)
-    copied = rate(2 * numbers.nbytes, lambda: ([copy.copy_(numbers) for _ in range(CALLS)], wait()))
-    return speeds(shapes - Counter([last]), last, product) | {"copied": copied}
+    return Counter((kernel.shape[1], kernel.shape[0]) for kernel in kernels) - Counter([last]), last
 
 
 def twice(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
@@ -203,18 +175,18 @@ def twice(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
     return {"first_seconds": first, "seconds": second}, given
 
 
-def speeds(
-    shapes: Shapes, last: tuple[int, int], product: Callable[[int, tuple[int, int]], Callable[[], Any]]
-) -> dict[str, float]:
-    """Operations a second of a layer's kernels and, while decoding, the last one; and how many numbers those are."""
+def speeds(shapes: Shapes, last: Kernel, library: Library) -> dict[str, float]:
+    """Bytes copied a second; operations a second of a layer's kernels and, while decoding, the last one; and how many
+    numbers those are."""
 
     def speed(rows: int, kernels: Shapes) -> float:
         flops = {shape: 2 * rows * shape[0] * shape[1] for shape in kernels}
-        seconds = sum(n * flops[shape] / rate(flops[shape], product(rows, shape)) for shape, n in kernels.items())
+        seconds = sum(n * flops[one] / rate(flops[one], library.product(rows, [one])) for one, n in kernels.items())
         return sum(n * flops[shape] for shape, n in kernels.items()) / seconds
 
     inner = sum(n * shape[0] * shape[1] for shape, n in shapes.items())
     return {
+        "copied": library.copied(),
         "inner": inner,
         "weights": inner + last[0] * last[1],
         "decoding_flops": speed(ROWS, shapes + Counter([last])),
@@ -260,10 +232,11 @@ def report(args: argparse.Namespace, requests: dict[str, Any], results: dict[str
     )
     decoding, reading, by_memory = least_seconds(args, requests, best)
     print(f"least time: {decoding:.1f} s decoding ({by_memory:.0%} of it memory) + {reading:.1f} s reading prompts")
-    for name, seconds in medians.items():
-        print(f"{name} {seconds:.1f} s: {(decoding + reading) / seconds:.0%} of what is possible")
     least = {"decoding": decoding, "reading": reading, "by_memory": by_memory}
-    return {"tokens": tokens, "medians": medians, "best": best, "least_seconds": least}
+    possible = {name: (decoding + reading) / seconds for name, seconds in medians.items()}
+    for name, share in possible.items():
+        print(f"{name} {medians[name]:.1f} s: {share:.0%} of what is possible")
+    return {"tokens": tokens, "medians": medians, "best": best, "least_seconds": least, "possible": possible}
 
 
 def main() -> None:
@@ -308,8 +281,7 @@ def main() -> None:
         f"Sampling with {Path(args.model).stem}, {len(requests['limits']) * args.num_return_sequences} completions of "
     )
     what += f"{args.shortest} to {args.longest} tokens, batch {args.batch_size}, float32"
-    possible = (told["least_seconds"]["decoding"] + told["least_seconds"]["reading"]) / told["medians"]["jaxpost"]
-    figure = f"{compared(speeds, 'tokens/s')}; {possible:.0%} of what the machine could do"
+    figure = f"{compared(speeds, 'tokens/s')}; {told['possible']['jaxpost']:.0%} of what the machine could do"
     store(args.output, what, figure, {"runs": results} | told)
 
 

@@ -43,11 +43,20 @@ def said(command: Sequence[str], python: str = sys.executable, **options: Any) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def in_turn(sides: Mapping[str, Sequence[str]], rounds: int, **options: Any) -> Iterator[tuple[str, Any]]:
-    """Each side's name and what it says, one process at a time: every side once, and that `rounds` times."""
+def in_turn(
+    sides: Mapping[str, Sequence[str]], rounds: int, pythons: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[tuple[str, Any]]:
+    """Each side's name and what it says, one process at a time: every side once, and that `rounds` times.
+
+    Args:
+        sides: a script and its arguments, by name.
+        rounds: how often each is run.
+        pythons: the interpreters of those that have their own.
+        options: of `subprocess.run`.
+    """
     for _ in range(rounds):
         for name, command in sides.items():
-            yield name, said(command, **options)
+            yield name, said(command, (pythons or {}).get(name, sys.executable), **options)
 
 
 def compared(values: Mapping[str, Sequence[float]], unit: str, *, less_is_better: bool = False) -> str:

@@ -45,6 +45,12 @@ ENVIRONMENT = {
 }
 MACHINE = re.compile(r"/(tmp|home|root|work|Users|usr|opt|mnt|var)/|\bjaxpost-notebook-")
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+FOR_TPUS = "scaling"  # which compiles for chips, and so is run where the other tests of that are
+to_run = pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.parity if path.stem == FOR_TPUS else ()) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 
 
 @pytest.fixture
@@ -65,11 +71,11 @@ def texts(cell):
         yield from (text for kind, text in output.get("data", {}).items() if kind.startswith("text/"))
 
 
-@by_name
+@to_run
 def test_a_notebook_runs(path, models):
     notebook = read(path)
     parameters(notebook).source = TINY[path.stem].strip()
-    if path.stem == "scaling" and util.find_spec("libtpu") is None:
+    if path.stem == FOR_TPUS and util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed")
     (models / "given").mkdir()
     nbformat.write(notebook, models / "given" / path.name)

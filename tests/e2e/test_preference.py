@@ -152,7 +152,7 @@ def test_a_reward_model_ranks_what_it_was_taught(flags, tiny_folder, data, tmp_p
         ("dpo", PAIRS, "--loss_type sigmod", 2, "did you mean 'sigmoid'"),
         ("dpo", PAIRS, "--sync_ref_model --use_peft", 2, "neither an adapter nor a ref_model"),
         ("dpo", PAIRS, "--ref_model_name_or_path {other}", 2, "320 rows, the policy|embedding rows"),
-        ("dpo", PAIRS, "--packing true", 2, "unknown flag --packing"),
+        ("dpo", PAIRS, "--packing true", 2, "--packing is a flag of sft, not of dpo"),
     ],
 )
 def test_mistakes_are_one_line(method, rows, flags, code, message, tiny_folder, tmp_path, capsys):

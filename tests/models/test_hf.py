@@ -174,7 +174,8 @@ def test_a_reward_model_is_loaded_as_what_it_is(folder):
     score = np.linspace(-1, 1, 32, dtype=np.float32)[None]
     edit_weights(folder, **{SCORE: score})
     np.testing.assert_array_equal(parameter(from_pretrained(folder, head="reward"), "head.kernel").T, score)
-    assert refusal(folder) == f'{folder} is a reward model (it has score.weight); load it with head="reward"'
+    remedy = 'give a language model, or load it with head="reward"'
+    assert refusal(folder) == f"{folder} is a reward model (it has score.weight); {remedy}"
     edit_weights(folder, **{SCORE: np.ones((3, 32), np.float32)})
     assert "wrong shape: score.weight [3, 32] instead of [1, 32]" in refusal(folder, head="reward")
     edit(folder / "config.json", model_type="granite")

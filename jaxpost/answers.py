@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from jaxpost.completer import AnswerConfig, Completer
 from jaxpost.data.prompts import Prompts, read_prompts
 from jaxpost.data.rows import Rows
-from jaxpost.errors import ConfigError
 from jaxpost.metrics import normal_interval, wilson_interval
 from jaxpost.rl.generate import Completion
 
@@ -43,9 +42,7 @@ def asked(rows: Rows, completer: Completer, max_new_tokens: int) -> Prompts:
         ConfigError: the model has no room for a completion.
         DataError: a row cannot be used; it is named.
     """
-    room = completer.max_positions - max_new_tokens
-    if room < 1:
-        raise ConfigError(completer.too_long(max_new_tokens))
+    room = completer.room(max_new_tokens)
     options = {"vocab_size": completer.vocab_size, "max_tokens": room, "remedy": "lower --max_new_tokens"}
     return read_prompts(rows, completer.tokenizer, **options)
 

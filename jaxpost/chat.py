@@ -140,9 +140,7 @@ class Chat:
 
     def __init__(self, config: ChatConfig):
         self.config, self.completer = config, Completer(config, "chat")
-        room = self.completer.max_positions - config.max_new_tokens
-        if room < 1:
-            raise ConfigError(self.completer.too_long(config.max_new_tokens))
+        room = self.completer.room(config.max_new_tokens)
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         has_template = default_template(self.completer.tokenizer) is not None

@@ -119,6 +119,16 @@ class Completer:
             "completion together; lower it"
         )
 
+    def room(self, max_new_tokens: int) -> int:
+        """Tokens of a prompt that leave room for such a completion.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if max_new_tokens >= self.max_positions:
+            raise ConfigError(self.too_long(max_new_tokens))
+        return self.max_positions - max_new_tokens
+
     def load(self) -> Decoder:
         """The model with its weights, which are read once.
 

@@ -18,7 +18,7 @@ from jaxpost.pipeline import Pipeline
 from jaxpost.sharding import put
 from jaxpost.train.evaluate import ComputeMetrics, Evaluation
 from jaxpost.train.manifest import DIGEST
-from jaxpost.train.precompute import reference_logps
+from jaxpost.train.precompute import precomputed
 from jaxpost.train.reference import Reference
 from jaxpost.train.state import TrainState
 from jaxpost.train.step import Programs
@@ -145,23 +145,16 @@ class Offline:
         """Nothing to end."""
 
     def ask(self, objective: Objective, policy: Any, reference: Reference) -> None:
-        """Let batches tell what the reference says of their examples, which needs it no more.
-
-        Raises:
-            ConfigError: the method compares examples that are not known in advance.
-        """
+        """Let batches tell what the reference says of their examples, so that it is needed no more."""
         args = self.pipeline.args
-        if self.loader.has_mismatches:
-            raise ConfigError(
-                "precompute_ref_log_probs: this loss compares completions that change with every batch; leave it out"
-            )
         model = reference.build(policy, reference.arrays)
+        rows = args.precompute_ref_batch_size or args.per_device_train_batch_size
         for loader in filter(None, (self.loader, self.eval_loader)):
-            rows = args.precompute_ref_batch_size or args.per_device_train_batch_size
-            once = self.pipeline.once(Encoded(loader.packs, full=False, notes=[]), rows)
-            with jax.set_mesh(self.mesh):
-                logps = reference_logps(objective, model, once, self.mesh, args.tokenized_cache_dir)
-            loader.tell("ref_logps", logps)
+            once = self.pipeline.once(Encoded(loader.packs, full=False, notes=[], mismatch=loader.mismatch), rows)
+            for column in objective.reference_columns:
+                with jax.set_mesh(self.mesh):
+                    values = precomputed(objective, column, model, once, self.mesh, args.tokenized_cache_dir)
+                loader.tell(column, values)
 
     def _evaluation(self, objective: Objective, graphdef: Any, reference: Reference | None) -> Evaluation:
         assert isinstance(self.eval_loader, Loader)

@@ -72,8 +72,8 @@ class Pipeline(NamedTuple):
                 raise ConfigError("dataset_streaming needs --max_steps: a stream has no length")
             needed = args.max_steps * size
         encoded = self.encode(rows, training=True, num_packs=needed)
-        if encoded.mismatch is not None and size < 2:
-            raise ConfigError("a step needs more than one row, to mismatch their completions; raise the batch size")
+        if encoded.mismatch is not None and len(encoded.packs) < 2:
+            raise ConfigError(f"{rows.name}: one row alone has no other completion to compare it with; give more rows")
         loader = self._loader(
             encoded,
             size,

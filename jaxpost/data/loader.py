@@ -81,10 +81,11 @@ class Loader:
         num_lengths: at most this many row lengths.
         multiple: every row length is a multiple of this.
         mismatch: tokens that a prompt with the completion of another example may have; None for batches without such
-            examples. Partners are neighbours by number among the packs of a batch, whatever their order in it.
+            examples. Which example that is does not depend on the batch; see `Packs.partner`.
 
     Attributes:
         packs: those that were given; `tell` adds to their facts.
+        mismatch: as given.
         steps_per_epoch: batches in an epoch.
         lengths: row lengths in tokens, ascending.
 
@@ -117,7 +118,7 @@ class Loader:
         self._sizes = packs.sizes
         self.packs, self._global_batch_size, self._num_rows = packs, global_batch_size, num_rows
         self._pad_id, self._seed, self._sampling, self._multiple = pad_id, seed, sampling, multiple
-        self._mismatch = mismatch
+        self.mismatch = mismatch
         self._process_index, self._process_count = process_index, process_count
         self._cached_order = functools.lru_cache(maxsize=2)(self.epoch_order)
         self.num_steps, self.steps_per_epoch = num_steps, math.ceil(len(packs) / global_batch_size)
@@ -129,8 +130,7 @@ class Loader:
             if packs.facts is not None:
                 self._widest = max(self._widest, *map(len, self._members(rows)))
             if mismatch is not None:
-                partners = self._partners(step)
-                sizes = (sum(packs.mismatched_size(i, partners[i], mismatch) for i in row) for row in rows)
+                sizes = (sum(packs.mismatched_size(i, mismatch) for i in row) for row in rows)
                 self._longest_mismatch = max(self._longest_mismatch, *sizes)
         self.lengths = bucket_lengths(self._longest, num_lengths, multiple)
 
@@ -139,11 +139,6 @@ class Loader:
         lengths = np.array(bucket_lengths(self._longest, num_lengths, self._multiple))
         padded = self._num_rows * lengths[np.searchsorted(lengths, self._longest)].sum()
         return 1 - sum(int(self._sizes[self._indices(step)].sum()) for step in range(len(self._longest))) / int(padded)
-
-    @property
-    def has_mismatches(self) -> bool:
-        """Whether batches hold prompts with completions of other examples."""
-        return self._mismatch is not None
 
     def tell(self, name: str, values: np.ndarray) -> None:
         """Let batches tell this, too, of every example; float32 [len(packs.examples)]."""
@@ -205,17 +200,16 @@ class Loader:
         mine = rows[self._process_index * share : (self._process_index + 1) * share]
         examples = [[example for i in row for example in self.packs[i]] for row in mine]
         batch = collate(examples, self._padded(longest), self._pad_id) | self._facts(mine)
-        if self._mismatch is None:
+        if self.mismatch is None:
             return batch
-        partners, limit = self._partners(step), self._mismatch
-        others = [[self.packs.mismatched(i, partners[i], limit) for i in row] for row in mine]
+        others = [[self.packs.mismatched(i, self.mismatch) for i in row] for row in mine]
         return batch | self._mismatches(others)
 
     def empty(self, length: int) -> dict[str, np.ndarray]:
         """This process's rows of a batch of that row length with nothing in it, to compile for."""
         rows = [[] for _ in range(self._num_rows // self._process_count)]
         batch = collate(rows, length, self._pad_id) | self._facts(rows)
-        return batch if self._mismatch is None else batch | self._mismatches(rows)
+        return batch if self.mismatch is None else batch | self._mismatches(rows)
 
     def _facts(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         """`examples` [B, S], 1 for each example of a row in the order of its segments, and a column for each fact."""
@@ -233,13 +227,6 @@ class Loader:
     def _members(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """Numbers of the examples in each row of packs."""
         return [[number for i in row for number in self.packs.members(i)] for row in rows]
-
-    def _partners(self, step: int) -> dict[int, int]:
-        """For each pack of a batch the one before it by number, and for one that is alone its neighbour in the data."""
-        packs = sorted(map(int, self._indices(step)))
-        if len(packs) == 1:
-            return {packs[0]: (packs[0] - 1) % len(self.packs)}
-        return dict(zip(packs, [packs[-1], *packs[:-1]], strict=True))
 
     def _mismatches(self, rows: Sequence[Sequence[Example]]) -> dict[str, np.ndarray]:
         longest = max(self._longest_mismatch, *(sum(len(example.tokens) for example in row) for row in rows))

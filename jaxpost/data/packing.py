@@ -19,6 +19,7 @@ from jaxpost.data.store import Store
 from jaxpost.options import Group, check_choices, one_of, option
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
+MAX_SEARCHED = 64  # packs among which one with another prompt is looked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,23 +159,33 @@ class Packs(Sequence[tuple[Example, ...]]):
         """Numbers of the examples of a pack."""
         return self._pieces_of(i)[:, 0]
 
-    def mismatched(self, i: int, j: int, max_length: int) -> Example:
-        """The prompt of pack `i` with the completion of pack `j`, each of one example; cut at the end."""
-        (prompt, other), (first, second) = (self[i][0], self[j][0]), self._prompts(i, j)
-        tokens = np.concatenate([prompt.tokens[:first], other.tokens[second:]])[:max_length]
-        return Example(tokens, np.arange(len(tokens)) >= max(first, 1))
+    def partner(self, i: int) -> int:
+        """The pack whose completion is put beside the prompt of pack `i`: the nearest before it with another prompt.
 
-    def mismatched_size(self, i: int, j: int, max_length: int) -> int:
+        The last pack comes before the first. Each pack is of one example.
+        """
+        before = [(i - k) % len(self) for k in range(1, MAX_SEARCHED + 1)]
+        prompt = self._prompt(i)
+        return next((j for j in before if not np.array_equal(self._prompt(j), prompt)), before[0])
+
+    def mismatched(self, i: int, max_length: int) -> Example:
+        """The prompt of pack `i` with the completion of its partner; cut at the end."""
+        prompt, j = self._prompt(i), self.partner(i)
+        tokens = np.concatenate([prompt, self[j][0].tokens[len(self._prompt(j)) :]])[:max_length]
+        return Example(tokens, np.arange(len(tokens)) >= max(len(prompt), 1))
+
+    def mismatched_size(self, i: int, max_length: int) -> int:
         """Tokens of `mismatched`, which is not made for it."""
-        first, second = self._prompts(i, j)
-        return min(max_length, first + int(self.sizes[j]) - second)
+        j = self.partner(i)
+        return min(max_length, len(self._prompt(i)) + int(self.sizes[j]) - len(self._prompt(j)))
 
     def _pieces_of(self, i: int) -> np.ndarray:
         return self._pieces[self._ends[i - 1] if i else 0 : self._ends[i]]
 
-    def _prompts(self, *packs: int) -> list[int]:
-        """Tokens of the prompt of each pack."""
-        return [int(self.examples.starts[self.members(pack)[0]]) for pack in packs]
+    def _prompt(self, i: int) -> np.ndarray:
+        """Tokens of the prompt of a pack of one example."""
+        number = self.members(i)[0]
+        return self.examples[number].tokens[: self.examples.starts[number]]
 
     def digest(self) -> str:
         """Of every token and mask and of how they are dealt, in 32 hexadecimal digits."""

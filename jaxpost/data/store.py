@@ -127,10 +127,10 @@ def stored(
     Raises:
         CheckpointError: the file cannot be written.
     """
+    if (found := kept(folder, key)) is not None:
+        return found
     home = Path(folder).expanduser() if folder else None
     entry = home / f"{key}{SUFFIX}" if home and key else None
-    if entry is not None and (found := _read(entry)) is not None:
-        return found
     try:
         if home is not None:
             home.mkdir(parents=True, exist_ok=True)
@@ -142,6 +142,11 @@ def stored(
     except OSError as error:
         place = f"{home or tempfile.gettempdir()}: tokenised rows cannot be written ({one_line(error)})"
         raise CheckpointError(f"{place}; make room or give another --tokenized_cache_dir") from error
+
+
+def kept(folder: str, key: str | None) -> Store | None:
+    """What the folder has under a key; None where that is nothing, or damaged. Arguments as of `stored`."""
+    return _read(Path(folder).expanduser() / f"{key}{SUFFIX}") if folder and key else None
 
 
 class _Digest:

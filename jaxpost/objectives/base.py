@@ -52,6 +52,11 @@ class Objective(Protocol):
         """Whether `annotate` is to be given a reference model."""
         ...
 
+    @property
+    def reference_columns(self) -> tuple[str, ...]:
+        """Columns [B, S] that `annotate` asks the reference for, and needs none where a batch has them."""
+        ...
+
     def annotate(self, policy: Model, reference: Model | None, batch: Batch) -> Batch:
         """Add the columns that need no gradient; sees the whole batch of an optimizer step."""
         ...
@@ -78,6 +83,11 @@ class ObjectiveBase:
     router_aux_loss_coef: float | None = option(
         None, "Coefficient of the load-balancing loss of mixtures of experts; by default the model's own, 0 for none."
     )
+
+    @property
+    def reference_columns(self) -> tuple[str, ...]:
+        """See Objective; what most ask for."""
+        return ("ref_logps",)
 
     def with_balance(self, loss: Mean, balance: Float[Array, ""]) -> tuple[Mean, dict[str, Mean]]:
         """The loss plus coefficient x `balance`, and the metric `aux_loss`.

@@ -4,7 +4,7 @@
     L = w_D (1 - sigma(beta (x_i - z))) where y_i is desirable,  w_U (1 - sigma(beta (z - x_i))) where it is not
 
 Ethayarajh et al., 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv:2402.01306, equations 6 to 8.
-z is estimated from prompts with completions of other examples, the y'.
+z is estimated from prompts with completions of other examples, the y'; each prompt keeps its own.
 """
 
 from collections.abc import Mapping
@@ -51,19 +51,22 @@ class KTO(ObjectiveBase):
         """Whether the loss is told how far the policy has moved on completions of other prompts."""
         return self.loss_type == "kto"
 
+    @property
+    def reference_columns(self) -> tuple[str, ...]:
+        return ("ref_logps", "ref_kl_logps") if self.needs_mismatches else ("ref_logps",)
+
     def annotate(self, policy: Model, reference: Model | None, batch: Batch) -> Batch:
-        present = exists(batch)
+        others = {name.removeprefix(MISMATCHED): x for name, x in batch.items() if name.startswith(MISMATCHED)}
+        others |= {"examples": batch["examples"]}
+        batch = {name: column for name, column in batch.items() if not name.startswith(MISMATCHED)}
+        for name, rows in zip(self.reference_columns, (batch, others), strict=False):
+            if name not in batch:
+                assert reference is not None
+                batch = {**batch, name: sequence_logps(reference, rows)}
         kl = jnp.zeros(())
         if self.needs_mismatches:
-            assert reference is not None
-            others = {name.removeprefix(MISMATCHED): x for name, x in batch.items() if name.startswith(MISMATCHED)}
-            others |= {"examples": batch["examples"]}
-            kl = kl_estimate(sequence_logps(policy, others), sequence_logps(reference, others), present)
-            batch = {name: column for name, column in batch.items() if not name.startswith(MISMATCHED)}
-        if "ref_logps" not in batch:
-            assert reference is not None
-            batch = {**batch, "ref_logps": sequence_logps(reference, batch)}
-        return {**batch, "kl": jnp.broadcast_to(kl, present.shape)}
+            kl = kl_estimate(sequence_logps(policy, others), batch["ref_kl_logps"], exists(batch))
+        return {**batch, "kl": jnp.broadcast_to(kl, batch["examples"].shape)}
 
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, Mapping[str, Metric]]:
         scores, mask, balance = score_batch(model, batch, details=True)

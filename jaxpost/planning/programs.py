@@ -127,6 +127,8 @@ def planned(
         batch, num_micro, programs = _online(args, run, state, mesh, prompt_length)
     else:
         rows = offline_batch(method, args, batch_groups(mesh)) if rows is None else rows
+        if objective.needs_reference and reference is None:
+            rows = rows | dict.fromkeys(objective.reference_columns, rows["examples"])  # it has been asked before
         batch, num_micro, programs = _offline(args, run, state, mesh, rows)
     options = {"max_grad_norm": args.max_grad_norm, "num_micro_batches": num_micro}
     step = make_step(objective, graphdef, state, optimizer, schedule, **options)

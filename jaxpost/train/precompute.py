@@ -1,7 +1,6 @@
 """What a reference says of every example, asked once before the first step and kept on disk."""
 
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,44 +12,46 @@ from jax import Array
 from jaxpost.data.examples import Example
 from jaxpost.data.fingerprint import digest
 from jaxpost.data.loader import Loader
-from jaxpost.data.store import stored
+from jaxpost.data.store import kept, stored
 from jaxpost.objectives.base import Batch, Objective
+from jaxpost.processes import all_agree
 from jaxpost.sharding import path_of, put
 from jaxpost.train.evaluate import by_example
 
 MIXERS = np.uint32(2654435761), np.uint32(2246822519)  # odd, with bits all over
 
 
-def reference_logps(
-    objective: Objective, reference: Any, loader: Loader, mesh: jax.sharding.Mesh, folder: str
+def precomputed(
+    objective: Objective, column: str, reference: Any, loader: Loader, mesh: jax.sharding.Mesh, folder: str
 ) -> np.ndarray:
-    """Column `ref_logps` of every example, as `objective.annotate` would ask for it; float32 [N].
+    """One of `objective.reference_columns` of every example, as `objective.annotate` asks for it; float32 [N].
 
     Args:
         objective: the method.
+        column: its name.
         reference: the model.
         loader: has each example once.
         mesh: where batches go.
-        folder: of the cache, keyed by the program, the weights and the examples; empty for none. Several processes keep
-            none: they would have to agree on what is there.
+        folder: of the cache, keyed by the program, the weights and the examples; empty for none. What is not there for
+            every process is asked by all of them.
     """
     graphdef, weights = nnx.split(reference)
 
     def ask(weights: Any, batch: Batch) -> Array:
         model = nnx.merge(graphdef, weights)
         remembered = {name: jnp.zeros(len(batch["tokens"])) for name in objective.remembers}
-        return objective.annotate(model, model, batch | remembered)["ref_logps"]
+        return objective.annotate(model, model, batch | remembered)[column]
 
     compiled = jax.jit(ask)
     program = compiled.lower(weights, put(loader.empty(loader.lengths[-1]), mesh)).as_text()
-    key = digest(program, jax.__version__, weights_digest(weights), loader.packs.digest())
-
-    def answers() -> Iterator[Example]:
-        nothing = np.array([], np.int32), np.array([], bool)
-        values = by_example(functools.partial(compiled, weights), loader, mesh)
-        return (Example(*nothing, float(value)) for value in values)
-
-    return stored(_later(answers), folder=folder if jax.process_count() == 1 else "", key=key).values
+    key = digest(column, program, jax.__version__, weights_digest(weights), loader.packs.digest())
+    found = kept(folder, key)
+    everywhere = all_agree(found is not None)
+    if found is not None and everywhere:
+        return found.values
+    nothing = np.array([], np.int32), np.array([], bool)
+    values = [float(value) for value in by_example(functools.partial(compiled, weights), loader, mesh)]
+    return stored((Example(*nothing, value) for value in values), folder=folder, key=key).values
 
 
 def weights_digest(weights: Any) -> str:
@@ -67,8 +68,3 @@ def weights_digest(weights: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(weights)
     facts = ((path_of(path), str(leaf.dtype), leaf.shape, np.asarray(sums(leaf)).tolist()) for path, leaf in leaves)
     return digest(*facts)
-
-
-def _later(make: Callable[[], Iterator[Example]]) -> Iterator[Example]:
-    """What `make` makes, once somebody asks for the first of it."""
-    yield from make()

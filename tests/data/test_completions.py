@@ -113,7 +113,7 @@ def test_each_prompt_is_beside_the_completion_of_another(tokenizer):
             tokenizer.decode(tokens[segments == s]) for tokens, segments in rows for s in range(1, segments.max() + 1)
         )
 
-    assert said(batch) == sorted([f"aEE{END}", f"bbAA{END}", f"cccBB{END}", "ddddCC", "eeeeeD"])
+    assert said(batch) == sorted([f"aFF{END}", f"bbAA{END}", f"cccBB{END}", "ddddCC", "eeeeeD"])
     assert said(source.batch(1)) == ["ffffff"[:6]]
     assert batch["mismatched_tokens"].shape == source.empty(8)["mismatched_tokens"].shape
     for step in range(2):
@@ -121,3 +121,14 @@ def test_each_prompt_is_beside_the_completion_of_another(tokenizer):
         assert not mask[segments == 0].any()
     whole = np.concatenate([source.batch(step)["examples"].sum(1) for step in range(2)]).sum()
     assert whole == 6
+    # In any order and in batches of any size.
+    shuffled = loader(packs, mismatch=6, sampling="random", global_batch_size=1, num_rows=1)
+    assert sorted(said(shuffled.batch(step))[0] for step in range(6)) == sorted([*said(batch), "ffffff"])
+
+
+def test_a_partner_has_another_prompt_where_there_is_one(tokenizer):
+    rows = [{"prompt": prompt, "completion": f"{i}", "label": True} for i, prompt in enumerate("aabbba")]
+    for chosen, partners in ((rows, [4, 4, 1, 1, 1, 4]), (rows[:2], [1, 0]), (rows[:1], [0])):
+        store = stored(flattened(encode_judged(chosen, tokenizer, LengthConfig(), vocab_size=len(tokenizer))))
+        packs = units(store, 1, {"label": store.values})
+        assert [packs.partner(i) for i in range(len(packs))] == partners

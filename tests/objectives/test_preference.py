@@ -105,10 +105,12 @@ def assert_same(one, other):
     (metrics, gradient), (expected, expected_gradient) = one, other
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=2e-6, atol=2e-6, err_msg=name)
+        # KTO's kl is a difference of two sums over tokens, and as exact as they are.
+        size = max(1, abs(expected["logps/chosen"])) if name == "kl" else 1
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, atol=1e-6 * size, err_msg=name)
     largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected_gradient))
     for leaf, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
-        np.testing.assert_allclose(leaf, wanted, atol=2e-6 * max(largest, 1))
+        np.testing.assert_allclose(leaf, wanted, atol=1e-6 * max(largest, 1))
 
 
 @every_objective
@@ -116,7 +118,7 @@ def test_rows_and_micro_batches_change_nothing(name):
     # Half of the first batch's rows hold nothing.
     expected = computed(name, batch_of(name, 48 if isinstance(OBJECTIVES[name], JUDGING) else 24))
     assert all(np.isfinite(value) for value in expected[0].values())
-    # Which completions are mismatched goes by the numbers of the rows.
+    # Which completions are mismatched goes by the numbers of the rows, not by the batch.
     order = None if name == "kto" else np.random.default_rng(3).permutation(12)
     assert_same(computed(name, batch_of(name, 4, order), num_parts=4), expected)
 

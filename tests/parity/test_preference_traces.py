@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.parity.test_preference_step import our_log, pair, trl_log, write_model
+from tests.parity.test_preference_step import DEVICES, our_log, pair, trl_log, write_model
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.parity
@@ -13,9 +13,10 @@ ROWS = [
     {"prompt": question, "chosen": " " + right, "rejected": " " + wrong}
     for question, right, wrong in map(pair, range(48))
 ]
+# As many as a step takes, for TRL looks for other completions among the rows of a device's batch, which are all here.
 JUDGED = [
     {"prompt": row["prompt"], "completion": row["chosen" if number % 3 else "rejected"], "label": number % 3 > 0}
-    for number, row in enumerate(ROWS)
+    for number, row in enumerate(ROWS[: 2 * DEVICES])
 ]
 
 

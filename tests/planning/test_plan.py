@@ -134,6 +134,16 @@ def test_predicted_memory_is_what_the_step_takes_on_this_machine(tmp_path):
     assert np.isfinite(prediction.mfu)
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_reference_that_was_asked_before_takes_no_room(method):
+    config, mesh = read_config(TINY_LLAMA, "tiny"), make_mesh()
+    args = METHODS[method].config(max_length=64, precompute_ref_log_probs=True)
+    with jax.set_mesh(mesh):
+        plan = planned(METHODS[method], args, config, mesh, 1)
+    assert plan.reference is None and [program.name for program in plan.programs] == ["train step"]
+    assert "ref_logps" in plan.batch
+
+
 @needs_libtpu
 @pytest.mark.parity
 def test_a_plan_for_tpus(tmp_path):

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxpost.generating import generate
     from jaxpost.methods import (
         BCOConfig,
         CPOConfig,
@@ -43,6 +44,7 @@ _PUBLIC = {
     "save_pretrained": "jaxpost.models.export",
     **dict.fromkeys(["attach", "merge_adapter", "set_adapter", "without_adapters"], "jaxpost.models.adapters"),
     **dict.fromkeys(["load_adapter", "save_adapter"], "jaxpost.models.peft"),
+    "generate": "jaxpost.generating",
     "score": "jaxpost.scoring",
     "LoraConfig": "jaxpost.models.lora_config",
     **dict.fromkeys(["TrainerCallback", "TrainerControl", "TrainerState"], "jaxpost.train.callbacks"),
@@ -87,6 +89,7 @@ __all__ = [
     "TrainerState",
     "attach",
     "from_pretrained",
+    "generate",
     "load_adapter",
     "merge_adapter",
     "save_adapter",

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxpost.completer import AnswerConfig, Completer
+from jaxpost.completer import AnswerConfig, Completer, room
 from jaxpost.data.prompts import Prompts, read_prompts
 from jaxpost.data.rows import Rows
 from jaxpost.metrics import normal_interval, wilson_interval
 from jaxpost.rl.generate import Completion
 
-ROUNDS = 4  # batches of completions that are sampled, and rewarded, at a time
+ROUNDS = 4  # batches of completions that are sampled, and rewarded or written, at a time
 
 
 class Answers(NamedTuple):
@@ -42,17 +42,17 @@ def asked(rows: Rows, completer: Completer, max_new_tokens: int) -> Prompts:
         ConfigError: the model has no room for a completion.
         DataError: a row cannot be used; it is named.
     """
-    room = completer.room(max_new_tokens)
-    options = {"vocab_size": completer.vocab_size, "max_tokens": room, "remedy": "lower --max_new_tokens"}
+    limit = room(completer.max_positions, max_new_tokens)
+    options = {"vocab_size": completer.vocab_size, "max_tokens": limit, "remedy": "lower --max_new_tokens"}
     return read_prompts(rows, completer.tokenizer, **options)
 
 
 def answered(
-    completer: Completer, prompts: Prompts, config: AnswerConfig, *, each: int = 1, batch_size: int
+    completer: Completer, prompts: Prompts, config: AnswerConfig, *, each: int = 1, batch_size: int, start: int = 0
 ) -> Iterator[Answers]:
-    """The completions of all prompts, some at a time."""
+    """The completions of all prompts from number `start` on, some at a time."""
     size = max(1, ROUNDS * batch_size // each)
-    for begin in range(0, len(prompts.tokens), size):
+    for begin in range(start, len(prompts.tokens), size):
         part = slice(begin, begin + size)
         options = {"first_request": begin * each, "batch_size": batch_size}
         completions = completer.complete(prompts.tokens[part], config, **options)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from jaxpost.completer import AnswerConfig, Completer, LoadConfig
+from jaxpost.completer import AnswerConfig, Completer, LoadConfig, room
 from jaxpost.data.chat import encode_prompt
 from jaxpost.data.tokenizer import default_template
 from jaxpost.errors import ConfigError, JaxpostError
@@ -140,11 +140,11 @@ class Chat:
 
     def __init__(self, config: ChatConfig):
         self.config, self.completer = config, Completer(config, "chat")
-        room = self.completer.room(config.max_new_tokens)
+        limit = room(self.completer.max_positions, config.max_new_tokens)
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         has_template = default_template(self.completer.tokenizer) is not None
-        self.conversation = Conversation(self._encode, room, has_template)
+        self.conversation = Conversation(self._encode, limit, has_template)
         self.conversation.instruct(config.system)
         self._answers = 0
 

@@ -37,7 +37,7 @@ COMMANDS: dict[str, Command] = {
     "rloo": Trains("REINFORCE leave-one-out, likewise"),
     "ppo": Trains("proximal policy optimisation, likewise, with a value model"),
     "generate": Runs(
-        "complete prompts with a model", "jaxpost.generate:GenerateConfig", "jaxpost.generate:run_generate"
+        "complete prompts with a model", "jaxpost.generating:GenerateConfig", "jaxpost.generating:run_generate"
     ),
     "chat": Runs("talk with a model", "jaxpost.chat:ChatConfig", "jaxpost.chat:run_chat"),
     "export": Runs(

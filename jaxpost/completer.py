@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxpost.compilation import CompilationConfig, keep_programs
 from jaxpost.data.tokenizer import eos_ids
@@ -112,23 +113,6 @@ class Completer:
         self.ends = eos_ids(self.tokenizer, checkpoint.generation_config, checkpoint.config, self.vocab_size)
         self.mesh = make_mesh(config.mesh)
 
-    def too_long(self, max_new_tokens: int) -> str:
-        """What an error says of completions that leave no room for a prompt."""
-        return (
-            f"max_new_tokens is {max_new_tokens}, but the model reads {self.max_positions} tokens, prompt and "
-            "completion together; lower it"
-        )
-
-    def room(self, max_new_tokens: int) -> int:
-        """Tokens of a prompt that leave room for such a completion.
-
-        Raises:
-            ConfigError: there are none.
-        """
-        if max_new_tokens >= self.max_positions:
-            raise ConfigError(self.too_long(max_new_tokens))
-        return self.max_positions - max_new_tokens
-
     def load(self) -> Decoder:
         """The model with its weights, which are read once.
 
@@ -151,17 +135,44 @@ class Completer:
         Raises:
             ConfigError: the weights cannot be read.
         """
-        shared = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "eos_ids": self.ends}
-        if isinstance(config, CompletionsConfig):
-            stop = stopper(self.tokenizer, config.stop_strings or [])
-            shared |= {"num_return_sequences": config.num_return_sequences, "stop": stop}
-        model, sampling = self.load(), part_of(config, SamplingConfig).knobs()
-        with jax.set_mesh(self.mesh):
-            return generate(model, prompts, sampling=sampling, **shared | options)
+        return completions(self.load(), self.tokenizer, prompts, config, self.ends, self.mesh, **options)
 
     def text(self, tokens: Sequence[int]) -> str:
         """What a completion says."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def room(max_positions: int, max_new_tokens: int) -> int:
+    """Tokens of a prompt that leave room for such a completion.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if max_new_tokens >= max_positions:
+        raise ConfigError(
+            f"max_new_tokens is {max_new_tokens}, but the model reads {max_positions} tokens, prompt and completion "
+            "together; lower it"
+        )
+    return max_positions - max_new_tokens
+
+
+def completions(
+    model: Decoder,
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    config: AnswerConfig,
+    ends: Sequence[int],
+    mesh: Mesh,
+    **options: Any,
+) -> list[Completion]:
+    """Completions of each prompt, one after the other; `options` are those of `generate`."""
+    shared = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "eos_ids": ends}
+    if isinstance(config, CompletionsConfig):
+        stop = stopper(tokenizer, config.stop_strings or [])
+        shared |= {"num_return_sequences": config.num_return_sequences, "stop": stop}
+    sampling = part_of(config, SamplingConfig).knobs()
+    with jax.set_mesh(mesh):
+        return generate(model, prompts, sampling=sampling, **shared | options)
 
 
 def as_asked(text: str, prompt: Any) -> Any:

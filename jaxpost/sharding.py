@@ -110,6 +110,14 @@ class MeshConfig:
     )
 
 
+def mesh_of(arrays: Any) -> Mesh:
+    """The mesh that arrays lie on; that of this process's first device where they lie on none."""
+    sharding = jax.tree.leaves(arrays)[0].sharding
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return sharding.mesh
+    return make_mesh(devices=jax.local_devices()[:1])
+
+
 def make_mesh(spec: str | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Build the mesh that `spec` describes, e.g. `data=2,fsdp=-1`; axes that are not named have size 1.
 

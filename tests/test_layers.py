@@ -29,7 +29,7 @@ FLOOR = {
     **dict.fromkeys(["train", "encode"], 4),
     **dict.fromkeys(["methods", "base_model", "ref_model", "value_model", "speed", "completer"], 5),
     **dict.fromkeys(["pipeline", "scoring", "record", "spoken", "answers"], 6),
-    **dict.fromkeys(["generate", "chat", "export", "evaluate", "offline", "reward_model", "reporting", "lm_eval"], 7),
+    **dict.fromkeys(["generating", "chat", "export", "evaluate", "offline", "reward_model", "reporting", "lm_eval"], 7),
     **dict.fromkeys(["online", "rewarded", "win_rate"], 8),
     **dict.fromkeys(["trainer", "plan", "planning", "preview", "evaluation"], 9),
     **dict.fromkeys(["trainers", "dry_run"], 10),

@@ -13,6 +13,7 @@ from jaxpost import (
     SFTConfig,
     SFTTrainer,
     from_pretrained,
+    generate,
     save_pretrained,
     score,
 )
@@ -267,6 +268,27 @@ WRONG_CALLS = {
     "resume": (lambda: sft().train(resume_from_checkpoint=400), ConfigError, "leave it out to begin anew"),
     "head": (lambda: from_pretrained("model", head="lmm"), ConfigError, "did you mean 'lm'"),
     "quantization": (lambda: from_pretrained("model", quantization="nf5"), ConfigError, "did you mean 'nf4'"),
+    "judge speaks": (
+        lambda: generate(from_pretrained("judge", head="reward"), make_tokenizer(), ["x"]),
+        ConfigError,
+        "needs a language model",
+    ),
+    "one text": (lambda: generate(from_pretrained("model"), make_tokenizer(), "x"), ConfigError, "a list of texts"),
+    "option": (
+        lambda: generate(from_pretrained("model"), make_tokenizer(), ["x"], max_tokens=3),
+        ConfigError,
+        "did you mean 'max_new_tokens'",
+    ),
+    "no prompts": (
+        lambda: generate(from_pretrained("model"), make_tokenizer(), [], max_new_tokens=3),
+        DataError,
+        "no rows",
+    ),
+    "long prompt": (
+        lambda: generate(from_pretrained("model"), make_tokenizer(), ["x " * 9999], max_new_tokens=3),
+        DataError,
+        "lower max_new_tokens",
+    ),
     "no score": (lambda: score(from_pretrained("model"), make_tokenizer(), ROWS), ConfigError, 'head="reward"'),
     "saved": (lambda: save_pretrained(make_model(), make_tokenizer(), "taken"), ConfigError, "give a folder"),
 }

@@ -43,7 +43,8 @@ class SamplingConfig:
 
     def knobs(self) -> "Sampling":
         """The same as numbers that a compiled program takes."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p or 0.0, self.repetition_penalty)
+        rest = map(float, (self.top_p, self.min_p or 0, self.repetition_penalty))
+        return Sampling(float(self.temperature), self.top_k, *rest)
 
 
 class Sampling(NamedTuple):

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
-from jaxpost import completer
+from jaxpost import SFTConfig, SFTTrainer, completer, from_pretrained, generate
 from jaxpost.cli import main
 from jaxpost.errors import ConfigError
 from jaxpost.rl.stopping import stopper
@@ -44,6 +45,24 @@ def test_completions_of_a_prompt_follow_each_other(whole):
     assert [row["prompt"] for row in whole] == [prompt for prompt in PROMPTS for _ in range(2)]
     assert all(len(row["completion_ids"]) == len(row["logprobs"]) for row in whole)
     assert len({tuple(row["completion_ids"]) for row in whole}) == len(whole)
+
+
+def test_python_says_the_same(tiny_folder, whole):
+    model, tokenizer = from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+    said = generate(model, tokenizer, PROMPTS, max_new_tokens=12, num_return_sequences=2)
+    assert said == [row["completion"] for row in whole]
+    [answer] = generate(model, tokenizer, [[{"role": "user", "content": "a"}]], max_new_tokens=3, temperature=0.0)
+    assert isinstance(answer, str) and answer != said[0]
+
+
+def test_a_trainers_model_answers_as_what_it_wrote(tiny_folder, tmp_path):
+    rows = [{"prompt": "a", "completion": "bc"}] * 8
+    args = SFTConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=1, report_to=["none"])
+    trainer = SFTTrainer(str(tiny_folder), args=args, train_dataset=rows)
+    trainer.train()
+    options = {"max_new_tokens": 4, "temperature": 0.0}
+    said = generate(trainer.model, trainer.processing_class, PROMPTS, **options)
+    assert said == generate(from_pretrained(tmp_path), trainer.processing_class, PROMPTS, **options)
 
 
 def test_compiled_programs_are_kept_for_the_next_time(tiny_folder, prompts, tmp_path):

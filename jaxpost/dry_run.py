@@ -23,6 +23,8 @@ from jaxpost.planning.programs import planned
 from jaxpost.planning.report import memory_table
 from jaxpost.preview import Preview, preview_of, show_data
 from jaxpost.processes import is_main, join
+from jaxpost.prompt_embeddings import embedder_of
+from jaxpost.prompt_weights import PromptWeightsConfig
 from jaxpost.rl.rewards import RewardFunctionsConfig, Rewards
 from jaxpost.sharding import make_mesh
 
@@ -47,6 +49,8 @@ def run_dry(method: Method, args: Any, console: Console | None = None) -> None:
     preview = preview_of(method, args, mesh)
     if method.is_online:
         check_rewards(args)
+    if isinstance(args, PromptWeightsConfig):
+        embedder_of(args, None, mesh)
     console.print(annotated(preview.args, method.name), markup=False)
     console.rule("devices", align="left")
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"

@@ -22,6 +22,7 @@ from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.base import Objective
 from jaxpost.options import part_of
 from jaxpost.pipeline import Pipeline
+from jaxpost.prompt_weights import unweighted
 from jaxpost.ref_model import load_reference
 from jaxpost.sharding import batch_groups, make_mesh
 from jaxpost.train.evaluate import Evaluation
@@ -59,6 +60,7 @@ def run_evaluate(method: Method, args: Any) -> dict[str, float]:
     objective: Objective = part_of(args, method.objective)
     pipeline = Pipeline(method, args, base.tokenizer, base.vocab_size, batch_groups(mesh), base.notes)
     loader = pipeline.eval_loader(held_out_rows(args))
+    base.notes.extend(unweighted(args))
     model = base.load()
     reference = compared_with(model, objective, args, mesh)
     graphdef, state = snapshot(model, nnx.Param, {name: jnp.zeros(()) for name in objective.remembers})

@@ -38,6 +38,7 @@ from jaxpost.objectives.rloo import RLOO
 from jaxpost.objectives.sft import SFT
 from jaxpost.options import Group, check_parts, option, without_secrets
 from jaxpost.processes import ProcessesConfig
+from jaxpost.prompt_weights import PromptWeightsConfig
 from jaxpost.rl.plan import EpochsConfig, RolloutConfig
 from jaxpost.rl.rewards import RewardFunctionsConfig
 from jaxpost.rl.sampling import SamplingConfig
@@ -134,7 +135,7 @@ class KTOConfig(CompletionsConfig, ReferenceConfig, KTO):
 
 
 @user_config
-class BCOConfig(CompletionsConfig, ReferenceConfig, BCO):
+class BCOConfig(CompletionsConfig, ReferenceConfig, PromptWeightsConfig, BCO):
     """Binary classifier optimisation; names and defaults are TRL's."""
 
     learning_rate: float = option(5e-7, "Peak learning rate.")

@@ -15,6 +15,7 @@ from jaxpost.metrics import Metric
 from jaxpost.objectives.base import Batch, Objective
 from jaxpost.options import one_of
 from jaxpost.pipeline import Pipeline
+from jaxpost.prompt_weights import Embedder, PromptWeights, identity
 from jaxpost.sharding import put
 from jaxpost.train.evaluate import ComputeMetrics, Evaluation
 from jaxpost.train.manifest import DIGEST
@@ -91,6 +92,8 @@ class Offline:
         if compute_metrics is not None and self.loader.packs.facts is None:
             name = pipeline.method.name
             raise ConfigError(f"compute_metrics is given the reward of every example, but {name} has no rewards")
+        self._identity: dict[str, Any] = {}
+        self._weigh: Callable[[Loader], None] = lambda loader: None
 
     @property
     def has_held_out(self) -> bool:
@@ -114,7 +117,8 @@ class Offline:
 
     def identity(self) -> dict[str, Any]:
         """What a run that goes on with these batches must have in common with it, beside its flags."""
-        return {"rows": DIGEST + self.loader.packs.digest(), "rows of a step": self.pipeline.train_size()}
+        rows = {"rows": DIGEST + self.loader.packs.digest(), "rows of a step": self.pipeline.train_size()}
+        return rows | self._identity
 
     def source(self, run: Run, state: TrainState, step: Programs) -> RowSource:
         """Batches from the next step on, on the devices before they are needed; compiles the step for their shapes."""
@@ -137,6 +141,7 @@ class Offline:
                     "precompute_ref_log_probs has asked the reference already: give eval_dataset from the start"
                 )
             self.eval_loader = self.pipeline.eval_loader(as_rows(rows, "eval_dataset"))
+            self._weigh(self.eval_loader)
         if self.eval_loader is None:
             raise ConfigError("nothing to evaluate on: give eval_dataset, or --dataset_name with a test split")
         return self._evaluation(run.objective, run.graphdef, run.reference)(state)
@@ -155,6 +160,20 @@ class Offline:
                 with jax.set_mesh(self.mesh):
                     values = precomputed(objective, column, model, once, self.mesh, args.tokenized_cache_dir)
                 loader.tell(column, values)
+
+    def weigh(self, open_embedder: Callable[[], Embedder]) -> None:
+        """Let batches tell what the loss of each example is multiplied with, by its prompt.
+
+        Raises:
+            ConfigError: the embeddings of the prompts cannot be used.
+        """
+        embedder, train = open_embedder(), self.loader
+        weights = PromptWeights(self.pipeline.args, self.pipeline.tokenizer, embedder, train.packs.examples)
+        for loader in filter(None, (train, self.eval_loader)):
+            weights.tell(loader, embedder)
+        self.pipeline.notes.append(weights.note(train))
+        self._identity = identity(train, embedder)
+        self._weigh = lambda loader: weights.tell(loader, open_embedder())
 
     def _evaluation(self, objective: Objective, graphdef: Any, reference: Reference | None) -> Evaluation:
         assert isinstance(self.eval_loader, Loader)

@@ -30,6 +30,7 @@ class Group(StrEnum):
     OWN = "Flags of this command"
     COMMAND = "Configuration and help"
     REFERENCE = "Reference model"
+    PROMPTS = "Weights by prompts"
     COMPLETIONS = "Completions"
     REWARDS = "Rewards"
     VALUE_MODEL = "Value model"

@@ -152,11 +152,11 @@ def each_of(
     mesh: Mesh,
     unit: int = 1,
 ) -> Any:
-    """What is said of every example, float32 [N].
+    """What is said of every example, float32 [N, ...].
 
     Args:
         store: the examples, at least one.
-        says: (model, batch) -> [B, S], or a tree of such; a function that has a name, which is compiled once.
+        says: (model, batch) -> [B, S, ...], or a tree of such; a function that has a name, which is compiled once.
         model: that the examples are shown to.
         batch_size: examples, or units of them, that a device reads together.
         mesh: where the model is.

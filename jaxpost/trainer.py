@@ -34,6 +34,8 @@ from jaxpost.online import Online
 from jaxpost.options import lasting, part_of
 from jaxpost.pipeline import Pipeline
 from jaxpost.processes import agreed, is_main, join
+from jaxpost.prompt_embeddings import EmbeddingFunction, embedder_of
+from jaxpost.prompt_weights import PromptWeightsConfig
 from jaxpost.record import TrainOutput, history, last_metrics, open_log, write_report
 from jaxpost.ref_model import load_reference
 from jaxpost.rl.rollout_func import RolloutFunction
@@ -76,6 +78,7 @@ class Trainer:
         reward_funcs: what completions are rewarded by, of methods that sample them: names, functions or reward models.
         rollout_func: makes the completions, of methods that compare those of a prompt; see `jaxpost.rl.rollout_func`.
         value_model: what a value model of its own starts from, of methods that train one; by default what `args` say.
+        embedding_func: texts -> [N, E], of methods that weigh prompts; by default `args.embedding_model` embeds them.
         callbacks: see `train.callbacks.TrainerCallback`; those of transformers' too.
 
     Attributes:
@@ -101,6 +104,7 @@ class Trainer:
         reward_funcs: Any = None,
         rollout_func: RolloutFunction | str | None = None,
         value_model: str | os.PathLike[str] | Decoder | None = None,
+        embedding_func: EmbeddingFunction | None = None,
         callbacks: Sequence[Any] | None = None,
     ):
         self.method, self.callbacks = method, as_callbacks(callbacks)
@@ -122,6 +126,9 @@ class Trainer:
             groups, rows = batch_groups(self.mesh), (train_dataset, eval_dataset)
             shared = (self.processing_class, self.base.vocab_size, groups, self.notes, formatting_func)
             self.feed = Offline(Pipeline(method, self.args, *shared), *rows, self.mesh, compute_metrics)
+            weighs = isinstance(self.args, PromptWeightsConfig)
+            if weighs and (embedder := embedder_of(self.args, embedding_func, self.mesh)) is not None:
+                self.feed.weigh(embedder)
         self.policy: Decoder = self.base.load()
         self.model: Decoder | ActorCritic = self.policy
         if method.has_critic:

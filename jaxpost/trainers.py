@@ -51,6 +51,12 @@ class TextOptions(Options, total=False):
     formatting_func: Callable[[Mapping[str, Any]], str] | None
 
 
+class PromptOptions(Options, total=False):
+    """What BCOTrainer takes by name."""
+
+    embedding_func: Callable[[list[str]], Any] | None
+
+
 class SamplingOptions(Options, total=False):
     """What trainers that compare completions take by name."""
 
@@ -76,12 +82,9 @@ INSTEAD = {
     "reward_processing_classes": "a reward model is given by name, and read with its own tokenizer",
     "tools": "give rollout_func, which calls them",
     "environment_factory": "give rollout_func, which acts in it",
-    "embedding_func": "completions are weighted alike",
-    "embedding_tokenizer": "completions are weighted alike",
-    "model_adapter_name": "give ref_model",
-    "ref_adapter_name": "give ref_model",
-    "max_seq_length": "give max_length in args",
-    "max_length": "give max_length in args",
+    "embedding_tokenizer": "embedding_func is given texts; or name a model in args, as embedding_model",
+    **dict.fromkeys(["model_adapter_name", "ref_adapter_name"], "give ref_model"),
+    **dict.fromkeys(["max_seq_length", "max_length"], "give max_length in args"),
     "packing": "give packing in args",
     "dataset_text_field": "give dataset_text_field in args",
     "beta": "give beta in args",
@@ -201,9 +204,9 @@ def BCOTrainer(
     eval_dataset: Any = None,
     processing_class: Any = None,
     data_collator: None = None,
-    **options: Unpack[Options],
+    **options: Unpack[PromptOptions],
 ) -> Trainer:
-    """Binary classifier optimisation; see `Trainer`."""
+    """Binary classifier optimisation; see `Trainer`. `embedding_func` gives up to 256 texts points [N, E]."""
     ...
 
 

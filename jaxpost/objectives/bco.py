@@ -1,9 +1,10 @@
 """Binary classifier optimisation: completions that are judged one by one, told apart around a running shift.
 
     x_i = beta log pi(y_i|x_i)/ref(y_i|x_i),  d = the mean of all x so far
-    L = -log sigma(x_i - d) where y_i is desirable,  -log sigma(-(x_i - d)) where it is not
+    L = -log sigma(x_i - d) where y_i is desirable,  -w_i log sigma(-(x_i - d)) where it is not
 
 Jung et al., 2024, "Binary Classifier Optimization for Large Language Model Alignment", arXiv:2404.04656, equation 14.
+w_i is how much more frequent its prompt is among desirable examples, where batches tell it, else 1: `density_ratio`.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,10 @@ from jaxpost.options import option
 
 @dataclass(frozen=True, kw_only=True)
 class BCO(ObjectiveBase):
-    """The objective; `label` [B, S] is 1 for desirable examples, `rewards_total` and `rewards_count` [B] go round."""
+    """The objective; `label` [B, S] is 1 for desirable examples, `rewards_total` and `rewards_count` [B] go round.
+
+    `weight` [B, S], if there is one, is what the loss of each example is multiplied with.
+    """
 
     remembers: ClassVar[tuple[str, ...]] = ("rewards_total", "rewards_count")
 
@@ -62,7 +66,7 @@ class BCO(ObjectiveBase):
         logps, present = per_example(scores.logps, batch), exists(batch)
         rewards = self.beta * (logps - batch["ref_logps"])
         shift = (batch["rewards_total"] / jnp.maximum(batch["rewards_count"], 1))[:, None]
-        losses = bco_loss(rewards, shift, batch["label"])
+        losses = bco_loss(rewards, shift, batch["label"], batch.get("weight", 1.0))
         loss, routing = self.with_balance(masked_mean(losses, present), balance)
         metrics = judged_metrics(rewards, logps, scores, mask, batch) | routing
         return loss, {"delta": masked_mean(jnp.broadcast_to(shift, present.shape), present), **metrics}

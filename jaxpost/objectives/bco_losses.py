@@ -7,8 +7,14 @@ from jaxtyping import Float
 
 
 def bco_loss(
-    rewards: Float[Array, "*examples"], shift: Float[Array, "*#examples"], label: Float[Array, "*examples"]
+    rewards: Float[Array, "*examples"],
+    shift: Float[Array, "*#examples"],
+    label: Float[Array, "*examples"],
+    weight: Float[Array, "*#examples"] | float = 1.0,
 ) -> Float[Array, "*examples"]:
-    """-log S(x - d) where the label is 1, -log S(-(x - d)) where it is 0; the shift d is a constant."""
+    """-log S(x - d) where the label is 1, -w log S(-(x - d)) where it is 0; the shift d is a constant.
+
+    The weight w is 1 where the label is.
+    """
     x = rewards - shift
-    return -log_sigmoid(jnp.where(label > 0, x, -x))
+    return -weight * log_sigmoid(jnp.where(label > 0, x, -x))

@@ -52,6 +52,14 @@ def pairs_of(values: Shaped[Array, "B S"]) -> tuple[Shaped[Array, "B P"], Shaped
     return values[:, 0::2], values[:, 1::2]
 
 
+def mean_hidden(model: Model, batch: Batch) -> Float[Array, "B S D"]:
+    """Final hidden states of each example, their mean over all of its tokens, float32."""
+    h, _ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+    members = membership(batch["segments"], batch["examples"].shape[1]).astype(jnp.float32)
+    totals = jnp.einsum("bts,btd->bsd", members, h.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return totals / jnp.maximum(jnp.sum(members, axis=1), 1)[:, :, None]
+
+
 def rewards_of(model: Model, batch: Batch) -> tuple[Float[Array, "B S"], Float[Array, ""]]:
     """What a reward model gives each example, at its last token; and the load-balancing loss of its routers."""
     h, balance = model.hidden(batch["tokens"], batch["positions"], batch["segments"])

@@ -130,19 +130,19 @@ class Evaluation:
 
 
 def by_example(values: Callable[[Batch], Any], loader: Loader, mesh: Mesh) -> Any:
-    """What a function of batches says of every example, float32 [N].
+    """What a function of batches says of every example, float32 [N, ...].
 
     Args:
-        values: a batch -> [B, S], or a tree of such, which makes one of what is said.
+        values: a batch -> [B, S, ...], or a tree of such, which makes one of what is said.
         loader: has each example once.
         mesh: where batches go.
     """
-    found: Any = None
+    found, count = None, len(loader.packs.examples)
     for step, batch in enumerate(loader(0, partial(put, mesh=mesh))):
         check(batch)
         said, members = fetch(values(batch)), loader.members(step)
         if found is None:
-            found = jax.tree.map(lambda _: np.zeros(len(loader.packs.examples), np.float32), said)
+            found = jax.tree.map(lambda part: np.zeros((count, *part.shape[2:]), np.float32), said)
         for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(said), strict=True):
             for row, numbers in zip(part, members, strict=True):
                 whole[numbers] = row[: len(numbers)]

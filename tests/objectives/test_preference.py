@@ -53,14 +53,14 @@ def noisy(seed, head="lm"):
     return make_noisy_model(seed, head=head, num_hidden_layers=1)
 
 
-def batch_of(name, num_rows, order=None, multiple=8):
+def batch_of(name, num_rows, order=None, multiple=8, **facts):
     """The batch of all pairs in so many rows, or that of the completions one by one."""
     rows = [PAIRS[i] for i in order] if order is not None else PAIRS
     is_judged = isinstance(OBJECTIVES[name], JUDGING)
     encode, size, fact = (encode_judged, 1, "label") if is_judged else (encode_pairs, 2, "margin")
     store = stored(flattened(encode(rows, make_tokenizer(), LengthConfig(), vocab_size=320)))
     loader = Loader(
-        units(store, size, {fact: store.values}),
+        units(store, size, {fact: store.values, **facts}),
         global_batch_size=len(rows) * (2 if is_judged else 1),
         num_rows=num_rows,
         num_steps=1,
@@ -121,6 +121,15 @@ def test_rows_and_micro_batches_change_nothing(name):
     # Which completions are mismatched goes by the numbers of the rows, not by the batch.
     order = None if name == "kto" else np.random.default_rng(3).permutation(12)
     assert_same(computed(name, batch_of(name, 4, order), num_parts=4), expected)
+
+
+def test_weights_of_examples_change_the_loss_alone_whatever_the_rows():
+    weight = np.random.default_rng(5).uniform(0.5, 3, 24).astype(np.float32)
+    plain, ones = computed("bco", batch_of("bco", 24)), np.ones(24, np.float32)
+    assert_same(computed("bco", batch_of("bco", 24, weight=ones)), plain)
+    expected = computed("bco", batch_of("bco", 24, weight=weight))
+    assert_same(computed("bco", batch_of("bco", 4, weight=weight), num_parts=4), expected)
+    assert {name for name in plain[0] if not np.isclose(plain[0][name], expected[0][name])} == {"loss"}
 
 
 def test_mismatches_do_not_depend_on_the_order_in_a_batch():

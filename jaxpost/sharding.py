@@ -298,7 +298,7 @@ def on_devices(tree: Any) -> Any:
     return jax.tree.map(fetched, tree)
 
 
-def by_rows(function: Callable[..., Any], weights: Any, *rows: Any, sums: bool = False) -> Any:
+def by_rows(function: Callable[..., Any], weights: Any, *rows: Any, sums: bool = False, specs: Any = None) -> Any:
     """`function(weights, *rows)`, with every group of devices working on its own rows: in loops nothing moves.
 
     Rows are split over TOKEN_AXES; over `tensor` everything is split as it was. Rows that the groups cannot share are
@@ -309,6 +309,8 @@ def by_rows(function: Callable[..., Any], weights: Any, *rows: Any, sums: bool =
         weights: arrays that all groups have wholly.
         rows: trees of arrays [B, ...].
         sums: whether the first of two results is to be added up over the groups.
+        specs: where the weights are, if groups have but parts of them; the sums, which the function adds up itself,
+            are alike.
     """
     mesh = jax.sharding.get_abstract_mesh()
     count = jax.tree.leaves(rows)[0].shape[0]
@@ -317,13 +319,13 @@ def by_rows(function: Callable[..., Any], weights: Any, *rows: Any, sums: bool =
 
     def run(weights: Any, *rows: Any) -> Any:
         results = function(weights, *rows)
-        return (jax.lax.psum(results[0], TOKEN_AXES), results[1]) if sums else results
+        return (jax.lax.psum(results[0], TOKEN_AXES), results[1]) if sums and specs is None else results
 
-    split = P(TOKEN_AXES)
+    split, whole = P(TOKEN_AXES), P() if specs is None else specs
     return jax.shard_map(
         run,
-        in_specs=(P(), *[split] * len(rows)),
-        out_specs=(P(), split) if sums else split,
+        in_specs=(whole, *[split] * len(rows)),
+        out_specs=(whole, split) if sums else split,
         axis_names=set(TOKEN_AXES),
         check_vma=False,
     )(weights, *rows)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxpost.objectives import vocabulary
 from jaxpost.objectives.logps import next_tokens, score_tokens
 from jaxpost.objectives.sft import SFT
+from jaxpost.sharding import make_mesh, shardings
 from tests.conftest import make_batch, make_model
 
 
@@ -42,6 +44,56 @@ def test_chunks_equal_full_logits_in_value_and_gradient(tied, chunk):
         np.testing.assert_allclose(a, b, atol=2e-6)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=4", "data=8", "fsdp=2,expert=2,context=2"])
+def test_a_head_in_pieces_says_the_same(spec, tied, monkeypatch):
+    graphdef, state = nnx.split(make_model(tie_word_embeddings=tied))
+    batch = jax.tree.map(jnp.asarray, make_batch(rows=8))
+    weight = jnp.sin(jnp.arange(24.0))
+
+    def total(state, chunk):
+        model = nnx.merge(graphdef, state)
+        targets, mask = next_tokens(batch)
+        h, _ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+        options = {"temperature": 0.7, "entropy_gradient": True, "details": True, "chunk": chunk}
+        scores = score_tokens(model, h, targets, mask, **options)
+        return jnp.sum(scores.logps * weight) + jnp.sum(scores.entropy), scores
+
+    state = nnx.to_pure_dict(state)
+    run = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+    (_, expected), expected_gradient = run(state, 5)
+    mesh = make_mesh(spec)
+    monkeypatch.setattr(vocabulary, "PIECE_BYTES", 4 * 32 * 64)  # 64 of 320 tokens
+    with jax.set_mesh(mesh):
+        sliced = jax.device_put(state, shardings(state, mesh))
+        (_, scores), gradient = run(sliced, 5)
+        tree = jax.tree.structure(nnx.merge(graphdef, sliced).unembedding())
+        scoring = vocabulary.Scoring(tree, 1.0, False, False, 5, 320)
+        assert vocabulary.in_pieces(scoring, jnp.zeros((8, 24, 32))).pieces == 5
+    for a, b in zip(scores, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_no_device_has_a_whole_head_nor_its_gradient(monkeypatch):
+    """A trained head is gathered, and its gradient given back, piece by piece."""
+    graphdef, state = nnx.split(make_model(tie_word_embeddings=False, vocab_size=4096))
+    mesh, state = make_mesh("fsdp=8"), nnx.to_pure_dict(state)
+
+    def total(state, h, targets):
+        return jnp.sum(score_tokens(nnx.merge(graphdef, state), h, targets, targets > 0).logps)
+
+    h, targets = jnp.ones((8, 4, 32)), jnp.ones((8, 4), jnp.int32)
+    found = []
+    for size in (10**9, 4 * 32 * 256):
+        monkeypatch.setattr(vocabulary, "PIECE_BYTES", size)
+        with jax.set_mesh(mesh):
+            sliced = jax.device_put(state, shardings(state, mesh))
+            found.append(jax.jit(jax.grad(total)).lower(sliced, h, targets).compile().as_text())
+    assert "f32[32,4096]" in found[0] and "f32[32,4096]" not in found[1]
 
 
 @pytest.mark.parametrize("chunk", [None, 5])

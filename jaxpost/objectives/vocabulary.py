@@ -1,0 +1,258 @@
+"""Softmax over a vocabulary whose logits are never all there: chunks of tokens, and on many devices pieces of the head.
+
+The backward pass computes the logits again, as in Wijmans et al., 2024, "Cut Your Losses in Large-Vocabulary Language
+Models", arXiv:2411.09009. Where the head is frozen it need not do so: the gradient of a token's log-probability is one
+vector, which the forward pass keeps while it has the logits.
+
+A head that is trained, and of which each device has a slice, is gathered a piece of the vocabulary at a time, and its
+gradient given back to the slices likewise: neither is ever whole on a device.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from jaxpost.objectives.tally import Tally, TokenScores, slopes
+from jaxpost.sharding import TOKEN_AXES, by_rows, mesh_axes, token_groups
+
+PIECE_BYTES = 128 * 2**20  # of the float32 gradient of a piece of the head
+
+
+class Scoring(NamedTuple):
+    """How tokens are scored.
+
+    Attributes:
+        unembedding: the structure of `Model.unembedding`, without its arrays.
+        temperature: divides the logits.
+        entropy_gradient: whether gradients flow through the entropy.
+        details: whether `mean_logit` and `collision` are found.
+        size: positions of a row that are scored at a time.
+        width: of the vocabulary.
+        pieces: of the vocabulary. Of several, `unembedding` has one array, which is split over token axes alone.
+    """
+
+    unembedding: Any
+    temperature: float
+    entropy_gradient: bool
+    details: bool
+    size: int
+    width: int
+    pieces: int = 1
+
+    def logits(self, weights: list[Array], h: Float[Array, "B C D"]) -> Float[Array, "N V"]:
+        """One row a token: XLA on CPU spreads work over the leading dimension."""
+        head = self.unembedding.unflatten(weights)
+        return head(h.reshape(-1, h.shape[-1])).astype(jnp.float32) / self.temperature
+
+    def places(self, targets: Int[Array, "B C"], piece: Any) -> Int[Array, "N 1"]:
+        """Where the targets are in a piece of the vocabulary; others are outside of it."""
+        return targets.reshape(-1, 1) - piece * (self.width // self.pieces)
+
+    def said(self, tally: Tally) -> TokenScores:
+        """What is said of tokens, once all of their logits were seen."""
+        return tally.scores(self.width, details=self.details)
+
+
+def in_pieces(scoring: Scoring, h: Float[Array, "B T D"]) -> Scoring:
+    """The same with as many pieces of the vocabulary as the devices should take it in."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["tensor"] > 1 or scoring.unembedding.num_leaves > 1 or h.shape[-1] == scoring.width:
+        return scoring
+    if token_groups(mesh) == 1 or len(h) % token_groups(mesh):
+        return scoring
+    wanted = max(1, math.ceil(4 * scoring.width * h.shape[-1] / PIECE_BYTES))
+    return scoring._replace(pieces=next(n for n in range(wanted, scoring.width + 1) if scoring.width % n == 0))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def score_chunks(scoring: Scoring, weights: list[Array], h: Array, targets: Array, counts: Array) -> TokenScores:
+    """Score the first `counts` [B] positions of each row; what it gives of the others is of no use."""
+    return scoring.said(_tally(scoring, weights, h, targets, counts))
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs: the gradient of each log-probability, or where that is not kept, the rest."""
+
+    slopes: Array | None = None  # [B, T, D]
+    inputs: tuple[list[Array], Array, Array, Array] | None = None
+    known: tuple[Array, Array] | None = None  # normalizer and entropy, [B, T]
+
+
+def _forward(scoring: Scoring, weights: list[Any], h: Any, targets: Any, counts: Any) -> tuple[TokenScores, _Saved]:
+    inputs = ([weight.value for weight in weights], h.value, targets.value, counts.value)
+    if any(weight.perturbed for weight in weights) or scoring.entropy_gradient:
+        tally = _tally(scoring, *inputs)
+        return scoring.said(tally), _Saved(inputs=inputs, known=(tally.normalizer, tally.entropy))
+    # The slopes are found while all logits of a token are there.
+    tally, found = _tally_with_slopes(scoring._replace(pieces=1), *inputs)
+    return scoring.said(tally), _Saved(slopes=found)
+
+
+def _tally(scoring: Scoring, weights: list[Array], h: Array, targets: Array, counts: Array) -> Tally:
+    def run(weights: list[Array], h: Array, targets: Array, counts: Array) -> Tally:
+        def of_piece(piece: Any, tally: Tally) -> Tally:
+            part = _piece(scoring, weights, h, piece)
+
+            def of_chunk(index: Array, tally: Tally) -> Tally:
+                at = partial(_window, index=index, size=scoring.size)
+                logits = scoring.logits(part, at(h))
+                seen = Tally.of(logits, scoring.places(at(targets), piece), details=scoring.details)
+                seen = jax.tree.map(lambda x: x.reshape(len(h), -1), seen)
+                joined = seen if scoring.pieces == 1 else jax.tree.map(at, tally).joined(seen)
+                return jax.tree.map(partial(_put_window, index=index, size=scoring.size), tally, joined)
+
+            return lax.fori_loop(0, _chunks(counts, scoring.size), of_chunk, tally)
+
+        return _each(scoring, of_piece, Tally.nothing(targets.shape))
+
+    return _on_devices(scoring, run, weights, h, targets, counts)
+
+
+def _tally_with_slopes(
+    scoring: Scoring, weights: list[Array], h: Array, targets: Array, counts: Array
+) -> tuple[Tally, Float[Array, "B T D"]]:
+    """And the gradient of each token's log-probability with respect to its hidden state."""
+
+    def run(weights: list[Array], h: Array, targets: Array, counts: Array) -> tuple[Tally, Array]:
+        def of_chunk(index: Array, carry: tuple[Tally, Array]) -> tuple[Tally, Array]:
+            at = partial(_window, index=index, size=scoring.size)
+            places = scoring.places(at(targets), 0)
+            logits, pull = jax.vjp(partial(scoring.logits, weights), at(h))
+            seen = Tally.of(logits, places, details=scoring.details)
+            known = _columns((seen.normalizer, seen.entropy, jnp.ones_like(seen.peak), None))
+            (new,) = pull(slopes(logits, places, *known))
+            found = jax.tree.map(lambda x: x.reshape(len(h), -1), seen), new
+            return jax.tree.map(partial(_put_window, index=index, size=scoring.size), carry, found)
+
+        nothing = Tally.nothing(targets.shape), jnp.zeros_like(h)
+        return lax.fori_loop(0, _chunks(counts, scoring.size), of_chunk, nothing)
+
+    return _on_devices(scoring, run, weights, h, targets, counts)
+
+
+def _backward(scoring: Scoring, saved: _Saved, cotangents: TokenScores) -> tuple:
+    cotangents = jax.tree.map(_dense, cotangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    if saved.slopes is not None:
+        of_h = saved.slopes * cotangents.logps[:, :, None]
+        return None, of_h.astype(saved.slopes.dtype), None, None
+    assert saved.inputs is not None and saved.known is not None
+    weights, h, targets, counts = saved.inputs
+    dtypes = [weight.dtype for weight in weights]
+    known = *saved.known, cotangents.logps, cotangents.entropy if scoring.entropy_gradient else None
+
+    def run(weights: list[Array], h: Array, targets: Array, counts: Array, known: Any) -> tuple[list, Array]:
+        def of_piece(piece: Any, gradients: tuple[list, Array]) -> tuple[list, Array]:
+            part = _piece(scoring, weights, h, piece)
+
+            def of_chunk(index: Array, gradients: tuple[list, Array]) -> tuple[list, Array]:
+                of_part, of_h = gradients
+                at = partial(_window, index=index, size=scoring.size)
+                logits, pull = jax.vjp(scoring.logits, part, at(h))
+                places = scoring.places(at(targets), piece)
+                new_part, new_h = pull(slopes(logits, places, *_columns(jax.tree.map(at, known))))
+                pairs = zip(of_part, new_part, strict=True)
+                added = [None if total is None else total + new.astype(total.dtype) for total, new in pairs]
+                return added, _put_window(of_h, at(of_h) + new_h, index, scoring.size)
+
+            nothing = [*map(_zeros, part, dtypes)]
+            of_part, of_h = lax.fori_loop(0, _chunks(counts, scoring.size), of_chunk, (nothing, gradients[1]))
+            return _put_piece(scoring, gradients[0], of_part, h, piece), of_h
+
+        # A sum over pieces is not rounded before its end.
+        of_h = jnp.zeros(h.shape, h.dtype if scoring.pieces == 1 else jnp.float32)
+        of_weights, of_h = _each(scoring, of_piece, ([*map(_zeros, weights, dtypes)], of_h))
+        return of_weights, of_h.astype(h.dtype)
+
+    of_weights, of_h = _on_devices(scoring, run, weights, h, targets, counts, known, sums=True)
+    return of_weights, of_h, None, None
+
+
+score_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _columns(values: Any) -> Any:
+    """Numbers of tokens, to stand beside rows of logits."""
+    return jax.tree.map(lambda x: x.reshape(-1, 1), values)
+
+
+def _on_devices(
+    scoring: Scoring, run: Callable[..., Any], weights: list[Array], h: Array, *rows: Any, sums: bool = False
+) -> Any:
+    """`run` for the rows of each group of devices; of a head in pieces they have what is theirs anyway."""
+    # Matrices are in the dtype that they are multiplied in, so that no more than that moves between devices.
+    weights = [
+        weight.astype(h.dtype) if weight.ndim > 1 and weight.dtype == jnp.float32 else weight for weight in weights
+    ]
+    specs = None
+    if scoring.pieces > 1:
+        axes: list[Any] = [None, None]
+        axes[1 - _vocab(scoring, weights[0])] = _axes(h)
+        specs = [P(*axes)]
+    return by_rows(run, weights, h, *rows, sums=sums, specs=specs)
+
+
+def _each(scoring: Scoring, of_piece: Callable[[Any, Any], Any], start: Any) -> Any:
+    """What is left after all pieces."""
+    return of_piece(0, start) if scoring.pieces == 1 else lax.fori_loop(0, scoring.pieces, of_piece, start)
+
+
+def _piece(scoring: Scoring, weights: list[Array], h: Array, piece: Any) -> list[Array]:
+    """The arrays of a piece of the vocabulary, whole."""
+    if scoring.pieces == 1:
+        return weights
+    vocab, size = _vocab(scoring, weights[0]), scoring.width // scoring.pieces
+    part = lax.dynamic_slice_in_dim(weights[0], piece * size, size, axis=vocab)
+    return [lax.all_gather(part, _axes(h), axis=1 - vocab, tiled=True) if _axes(h) else part]
+
+
+def _put_piece(scoring: Scoring, whole: list[Array | None], part: list[Array | None], h: Array, piece: Any) -> list:
+    """Gradients with those of a piece, added up over the devices, each of which keeps what is its own."""
+    if scoring.pieces == 1:
+        return part
+    [total], [new] = whole, part
+    assert total is not None and new is not None
+    vocab, axes = _vocab(scoring, total), _axes(h)
+    if axes:
+        new = lax.psum_scatter(new, axes, scatter_dimension=1 - vocab, tiled=True)
+    new = lax.psum(new, tuple(axis for axis in TOKEN_AXES if axis not in axes))
+    return [lax.dynamic_update_slice_in_dim(total, new, piece * new.shape[vocab], axis=vocab)]
+
+
+def _axes(h: Array) -> tuple[str, ...]:
+    """Mesh axes that the other dimension of a head is split over."""
+    return mesh_axes("embed", h.shape[-1], jax.sharding.get_abstract_mesh())
+
+
+def _vocab(scoring: Scoring, head: Array) -> int:
+    return head.shape.index(scoring.width)
+
+
+def _zeros(weight: Array, dtype: Any) -> Array | None:
+    # The others are keys of dropout.
+    return jnp.zeros(weight.shape, dtype) if jnp.issubdtype(dtype, jnp.inexact) else None
+
+
+def _chunks(counts: Int[Array, "B"], size: int) -> Int[Array, ""]:
+    """How many hold scored positions; only known at run time."""
+    return (jnp.max(counts) + size - 1) // size
+
+
+def _dense(cotangent: Any) -> Array:
+    """A cotangent as an array, also where it is known to be zero."""
+    return cotangent if isinstance(cotangent, Array) else jnp.zeros(cotangent.shape, cotangent.dtype)
+
+
+def _window(x: Array, index: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
+
+
+def _put_window(whole: Array, part: Array, index: Array, size: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=1)

@@ -164,9 +164,8 @@ class Packs(Sequence[tuple[Example, ...]]):
 
         The last pack comes before the first. Each pack is of one example.
         """
-        before = [(i - k) % len(self) for k in range(1, MAX_SEARCHED + 1)]
-        prompt = self._prompt(i)
-        return next((j for j in before if not np.array_equal(self._prompt(j), prompt)), before[0])
+        prompt, before = self._prompt(i), ((i - k) % len(self) for k in range(1, MAX_SEARCHED + 1))
+        return next((j for j in before if not np.array_equal(self._prompt(j), prompt)), (i - 1) % len(self))
 
     def mismatched(self, i: int, max_length: int) -> Example:
         """The prompt of pack `i` with the completion of its partner; cut at the end."""

@@ -72,16 +72,16 @@ def score_tokens(
     batch, length, _ = h.shape
     width = jax.eval_shape(model.unembed, h[:, :1]).shape[-1]
     weights, tree = jax.tree.flatten(model.unembedding())
-    scoring = in_pieces(Scoring(tree, temperature, entropy_gradient, details, 0, width), h)
-    size = min(length, chunk or _chunk_positions(batch, width // scoring.pieces))
-    room = -length % size
+    size = min(length, chunk or _chunk_positions(batch, width))
+    scoring = in_pieces(Scoring(tree, temperature, entropy_gradient, details, size, width), h)
+    room = -length % scoring.span(length)
     h = jnp.pad(h, [(0, 0), (0, room), (0, 0)])
     targets, mask = (jnp.pad(x, [(0, 0), (0, room)]) for x in (targets, mask))
     order = jnp.argsort(~mask, axis=1, stable=True)
     h = constrain(jnp.take_along_axis(h, order[:, :, None], axis=1), "tokens", None, None)
     counts = jnp.sum(mask, axis=1)
     targets = jnp.take_along_axis(targets, order, axis=1)
-    scores = score_chunks(scoring._replace(size=size), weights, h, targets, counts)
+    scores = score_chunks(scoring, weights, h, targets, counts)
     back = jnp.argsort(order, axis=1)
 
     def in_place(x: Array) -> Array:

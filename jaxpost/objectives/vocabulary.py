@@ -34,7 +34,7 @@ class Scoring(NamedTuple):
         temperature: divides the logits.
         entropy_gradient: whether gradients flow through the entropy.
         details: whether `mean_logit` and `collision` are found.
-        size: positions of a row that are scored at a time.
+        size: positions of a row whose logits are all there at a time; h has a multiple of `span` of them.
         width: of the vocabulary.
         pieces: of the vocabulary. Of several, `unembedding` has one array, which is split over token axes alone.
     """
@@ -55,6 +55,10 @@ class Scoring(NamedTuple):
     def places(self, targets: Int[Array, "B C"], piece: Any) -> Int[Array, "N 1"]:
         """Where the targets are in a piece of the vocabulary; others are outside of it."""
         return targets.reshape(-1, 1) - piece * (self.width // self.pieces)
+
+    def span(self, length: int) -> int:
+        """Positions of a row of such a length that are scored at a time: more, where it is by a piece alone."""
+        return self.size * min(self.pieces, -(-length // self.size))
 
     def said(self, tally: Tally) -> TokenScores:
         """What is said of tokens, once all of their logits were seen."""
@@ -97,19 +101,21 @@ def _forward(scoring: Scoring, weights: list[Any], h: Any, targets: Any, counts:
 
 
 def _tally(scoring: Scoring, weights: list[Array], h: Array, targets: Array, counts: Array) -> Tally:
+    size = scoring.span(h.shape[1])
+
     def run(weights: list[Array], h: Array, targets: Array, counts: Array) -> Tally:
         def of_piece(piece: Any, tally: Tally) -> Tally:
             part = _piece(scoring, weights, h, piece)
 
             def of_chunk(index: Array, tally: Tally) -> Tally:
-                at = partial(_window, index=index, size=scoring.size)
+                at = partial(_window, index=index, size=size)
                 logits = scoring.logits(part, at(h))
                 seen = Tally.of(logits, scoring.places(at(targets), piece), details=scoring.details)
                 seen = jax.tree.map(lambda x: x.reshape(len(h), -1), seen)
                 joined = seen if scoring.pieces == 1 else jax.tree.map(at, tally).joined(seen)
-                return jax.tree.map(partial(_put_window, index=index, size=scoring.size), tally, joined)
+                return jax.tree.map(partial(_put_window, index=index, size=size), tally, joined)
 
-            return lax.fori_loop(0, _chunks(counts, scoring.size), of_chunk, tally)
+            return lax.fori_loop(0, _chunks(counts, size), of_chunk, tally)
 
         return _each(scoring, of_piece, Tally.nothing(targets.shape))
 
@@ -145,7 +151,7 @@ def _backward(scoring: Scoring, saved: _Saved, cotangents: TokenScores) -> tuple
         return None, of_h.astype(saved.slopes.dtype), None, None
     assert saved.inputs is not None and saved.known is not None
     weights, h, targets, counts = saved.inputs
-    dtypes = [weight.dtype for weight in weights]
+    dtypes, size = [weight.dtype for weight in weights], scoring.span(h.shape[1])
     known = *saved.known, cotangents.logps, cotangents.entropy if scoring.entropy_gradient else None
 
     def run(weights: list[Array], h: Array, targets: Array, counts: Array, known: Any) -> tuple[list, Array]:
@@ -154,16 +160,16 @@ def _backward(scoring: Scoring, saved: _Saved, cotangents: TokenScores) -> tuple
 
             def of_chunk(index: Array, gradients: tuple[list, Array]) -> tuple[list, Array]:
                 of_part, of_h = gradients
-                at = partial(_window, index=index, size=scoring.size)
+                at = partial(_window, index=index, size=size)
                 logits, pull = jax.vjp(scoring.logits, part, at(h))
                 places = scoring.places(at(targets), piece)
                 new_part, new_h = pull(slopes(logits, places, *_columns(jax.tree.map(at, known))))
                 pairs = zip(of_part, new_part, strict=True)
                 added = [None if total is None else total + new.astype(total.dtype) for total, new in pairs]
-                return added, _put_window(of_h, at(of_h) + new_h, index, scoring.size)
+                return added, _put_window(of_h, at(of_h) + new_h, index, size)
 
             nothing = [*map(_zeros, part, dtypes)]
-            of_part, of_h = lax.fori_loop(0, _chunks(counts, scoring.size), of_chunk, (nothing, gradients[1]))
+            of_part, of_h = lax.fori_loop(0, _chunks(counts, size), of_chunk, (nothing, gradients[1]))
             return _put_piece(scoring, gradients[0], of_part, h, piece), of_h
 
         # A sum over pieces is not rounded before its end.

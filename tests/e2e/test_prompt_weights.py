@@ -1,7 +1,5 @@
 """BCO that weighs undesirable examples by their prompts, by the command line and in Python."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from jaxpost.objectives.density_ratio import density_ratio, fit_classifier
 from jaxpost.prompt_embeddings import mean_states
 from jaxpost.sharding import make_mesh
 from tests.conftest import make_tokenizer
+from tests.e2e.test_evaluation import evaluated
 from tests.e2e.test_preference import jsonl, run
 
 LOG_2 = float(np.log(2))
@@ -53,7 +52,7 @@ def test_a_model_embeds_prompts(tiny_folder, data, tmp_path, capsys):
     flags = f"--embedding_model {tiny_folder} {FLAGS} {ALL_AT_ONCE}"
     assert run("bco", tiny_folder, data, tmp_path / "out", flags) == 0
     assert "weights of 16 undesirable examples: from 0." in capsys.readouterr().out
-    weights, losses = expected_weights(tiny_folder), logged_of(tmp_path / "out", "loss")
+    weights, losses = expected_weights(tiny_folder), evaluated(tmp_path / "out", "loss")
     assert len({*weights.tolist()}) > 4
     assert losses[0] == pytest.approx(LOG_2 * weights.mean(), rel=1e-5)  # the policy is the reference yet
     assert losses[-1] < losses[0]
@@ -61,12 +60,7 @@ def test_a_model_embeds_prompts(tiny_folder, data, tmp_path, capsys):
     mesh = "--mesh data=2,tensor=4 --per_device_train_batch_size 4 --gradient_accumulation_steps 3"
     assert run("bco", tiny_folder, data, tmp_path / "mesh", f"{flags} {mesh} --padding_free false") == 0
     for name in ("loss", "eval_loss"):
-        np.testing.assert_allclose(logged_of(tmp_path / "mesh", name), logged_of(tmp_path / "out", name), rtol=2e-5)
-
-
-def logged_of(folder, name):
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [row[name] for row in rows if name in row]
+        np.testing.assert_allclose(evaluated(tmp_path / "mesh", name), evaluated(tmp_path / "out", name), rtol=2e-5)
 
 
 def test_states_of_texts_do_not_depend_on_their_neighbours(tiny_folder):
@@ -97,7 +91,7 @@ def test_a_function_embeds_prompts_and_a_run_goes_on_with_the_same_alone(tiny_fo
     trainer = trainer_of(tiny_folder, tmp_path / "out", lengths, eval_strategy="steps", eval_steps=1)
     weights = trainer.feed.loader.packs.facts["weight"]
     metrics = trainer.train()
-    assert logged_of(tmp_path / "out", "loss")[0] == pytest.approx(LOG_2 * weights.mean(), rel=1e-5)
+    assert evaluated(tmp_path / "out", "loss")[0] == pytest.approx(LOG_2 * weights.mean(), rel=1e-5)
     assert trainer.evaluate(ROWS[4:10])["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
     with pytest.raises(ConfigError, match="mean weight of undesirable examples was "):
         trainer_of(tiny_folder, tmp_path / "out", others, max_steps=3).train()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpost.objectives import vocabulary
+from jaxpost.objectives import logps, vocabulary
 from jaxpost.objectives.logps import next_tokens, score_tokens
 from jaxpost.objectives.sft import SFT
 from jaxpost.sharding import make_mesh, shardings
@@ -94,6 +94,22 @@ def test_no_device_has_a_whole_head_nor_its_gradient(monkeypatch):
             sliced = jax.device_put(state, shardings(state, mesh))
             found.append(jax.jit(jax.grad(total)).lower(sliced, h, targets).compile().as_text())
     assert "f32[32,4096]" in found[0] and "f32[32,4096]" not in found[1]
+
+
+def test_a_frozen_head_on_many_devices_has_the_logits_of_one_chunk(monkeypatch):
+    monkeypatch.setattr(vocabulary, "PIECE_BYTES", 4 * 32 * 256)  # of a trained one
+    monkeypatch.setattr(logps, "CHUNK_BYTES_CPU", 4 * 2 * 4096)  # two tokens
+    graphdef, state = nnx.split(make_model(tie_word_embeddings=False, vocab_size=4096))
+    mesh, state = make_mesh("fsdp=8"), nnx.to_pure_dict(state)
+
+    def total(h, state, targets):
+        return jnp.sum(score_tokens(nnx.merge(graphdef, state), h, targets, targets > 0).logps)
+
+    with jax.set_mesh(mesh):
+        sliced = jax.device_put(state, shardings(state, mesh))
+        given = jnp.ones((8, 16, 32)), sliced, jnp.ones((8, 16), jnp.int32)
+        program = jax.jit(jax.grad(total)).lower(*given).compile().as_text()
+    assert "f32[2,4096]" in program and "f32[16,4096]" not in program
 
 
 @pytest.mark.parametrize("chunk", [None, 5])

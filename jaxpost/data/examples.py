@@ -149,6 +149,13 @@ def flattened(units: Iterable[Unit]) -> Iterator[Example]:
     return (example for unit in units for example in unit)
 
 
+def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two texts begin with alike."""
+    length = min(len(one), len(other))
+    differs = np.flatnonzero(one[:length] != other[:length])
+    return int(differs[0]) if len(differs) else length
+
+
 def _fitted(unit: Unit, place: str, config: LengthConfig, bad_rows: BadRows, counts: Counts) -> Unit | None:
     """Examples of at most max_length tokens, counted; None if they are left out. First tokens are no targets."""
     limit, length = config.max_length or sys.maxsize, max(len(example.tokens) for example in unit)

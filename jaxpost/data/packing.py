@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpost.data.examples import Example
+from jaxpost.data.examples import Example, common_prefix
 from jaxpost.data.fingerprint import digest
 from jaxpost.data.store import Store
 from jaxpost.options import Group, check_choices, one_of, option
@@ -237,8 +237,7 @@ def _branch_starts(examples: Store, size: int) -> np.ndarray:
         trunk = examples[first].tokens
         for branch in range(first + 1, first + size):
             limit = min(examples.starts[first], examples.starts[branch])
-            differs = np.flatnonzero(trunk[:limit] != examples[branch].tokens[:limit])
-            starts[branch] = max(0, int(differs[0] if len(differs) else limit) - 1)
+            starts[branch] = max(0, common_prefix(trunk[:limit], examples[branch].tokens[:limit]) - 1)
     return starts
 
 

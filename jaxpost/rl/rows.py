@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpost.data.examples import Example
+from jaxpost.data.examples import Example, common_prefix
 from jaxpost.data.loader import collate
 from jaxpost.rl.generate import Completion, bucket
 from jaxpost.rl.plan import Plan
@@ -65,12 +65,9 @@ def rows_of(
         rows: numbers of the S completions of each row.
         read: whether the tokens of each completion stand in its row.
         group_size: completions of a prompt.
-        branches: completions of a prompt that follow each other in a row share it.
+        branches: completions of a row share what their prompts begin with, all of it or a system prompt.
     """
-    examples = [
-        [_example(answers, members, i, branches) if read[number] else NOTHING for i, number in enumerate(members)]
-        for members in rows
-    ]
+    examples = [_examples(answers, members, read, branches) for members in rows]
     longest = max(sum(len(example.tokens) for example in row) for row in examples)
     batch = collate(examples, max(LEAST_LENGTH, bucket(longest)), pad_id=0)
     members = np.array(rows)
@@ -93,16 +90,23 @@ def rows_of(
     }
 
 
-def _example(answers: Answers, members: Sequence[int], i: int, branches: bool) -> Example:
-    """A completion with its prompt, or as a branch of the one before where both follow the same prompt."""
-    number, before = members[i], members[max(i - 1, 0)]
-    prompt, completion = answers.prompt_ids[number], answers.completions[number]
-    same = i > 0 and answers.prompts[before] == answers.prompts[number]
-    shares = branches and same and np.array_equal(answers.prompt_ids[before], prompt)
-    start = len(prompt) - 1 if shares else 0
-    tokens = np.concatenate([prompt[start:], completion.tokens]).astype(np.int32)
-    context = np.zeros(len(prompt) - start, bool)
-    return Example(tokens, np.concatenate([context, completion.is_own]), 0.0, start)
+def _examples(answers: Answers, members: Sequence[int], read: Sequence[bool], branches: bool) -> list[Example]:
+    """The completions of a row with their prompts, or as branches of the last that is there with its whole prompt."""
+    examples, trunk = [], np.zeros(0, np.int32)
+    for i, number in enumerate(members):
+        prompt, completion = answers.prompt_ids[number], answers.completions[number]
+        if not read[number]:
+            examples.append(NOTHING)
+            continue
+        # A branch has the last token of its prompt, to predict the completion from.
+        start = min(common_prefix(trunk, prompt), len(prompt) - 1) if branches else 0
+        alike = sum(read[other] and np.array_equal(answers.prompt_ids[other], prompt) for other in members[i:])
+        if alike * (len(prompt) - start) >= len(prompt) + alike - 1:  # as many tokens as with a trunk of their own
+            start, trunk = 0, prompt
+        tokens = np.concatenate([prompt[start:], completion.tokens]).astype(np.int32)
+        context = np.zeros(len(prompt) - start, bool)
+        examples.append(Example(tokens, np.concatenate([context, completion.is_own]), 0.0, start))
+    return examples
 
 
 def deal(lengths: Sequence[int], plan: Plan) -> list[list[int]]:

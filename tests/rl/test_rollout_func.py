@@ -97,6 +97,33 @@ def test_every_call_draws_other_numbers_and_a_resumed_run_the_same():
     assert seeds[:2] == seeds[2:4] and len(set(seeds)) == 4
 
 
+def laid_out(prompts, read=None):
+    """Tokens, segments and positions of a row of completions [8] of these prompts."""
+    count = len(prompts)
+    scored = Scored(np.zeros((count, 1), np.float32), np.zeros((count, 1), bool), {}, {}, [""])
+    completions = [Completion([8], [-1.0], False)] * count
+    answers = Answers([0] * count, [np.array(prompt) for prompt in prompts], completions, [None] * count, scored)
+    rows = rows_of(answers, [list(range(count))], read or [True] * count, group_size=1, branches=True)
+    real = rows["segments"][0] > 0
+    return [rows[name][0][real].tolist() for name in ("tokens", "segments", "positions")]
+
+
+def test_prompts_that_begin_alike_are_read_once_to_there():
+    tokens, segments, positions = laid_out([[1, 2, 3, 4], [1, 2, 5], [6, 2, 5], [6, 7]])
+    assert tokens == [1, 2, 3, 4, 8, 5, 8, 6, 2, 5, 8, 7, 8]
+    assert segments == [1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4]
+    assert positions == [0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 3, 1, 2]
+
+
+def test_a_group_has_its_own_prompt_where_that_is_fewer_tokens():
+    assert laid_out([[1, 2, 3], [1, 4, 5, 6], [1, 4, 5, 6]])[0] == [1, 2, 3, 8, 1, 4, 5, 6, 8, 6, 8]
+    assert laid_out([[1, 2, 3], [1, 2, 4], [1, 2, 4]])[0] == [1, 2, 3, 8, 4, 8, 4, 8]
+
+
+def test_what_is_not_read_is_no_trunk():
+    assert laid_out([[1, 2, 3], [1, 2, 3], [1, 2, 4]], read=[False, True, True])[0] == [1, 2, 3, 8, 4, 8]
+
+
 @pytest.mark.parametrize("branches", [False, True])
 def test_what_the_policy_was_told_is_read_and_not_trained_on(branches):
     told = Completion([8, 9, 1], [-1.0, 0.0, -0.5], True, [True, False, True])
@@ -110,7 +137,8 @@ def test_what_the_policy_was_told_is_read_and_not_trained_on(branches):
     assert rows["tokens"][0, : len(first)].tolist() == first
     trained = np.flatnonzero(rows["loss_mask"][0]).tolist()
     assert trained == [2, 4, 5 + starts[0]]
-    # prompts of a group that differ are not shared
-    assert rows["tokens"][1, :7].tolist() == [5, 6, 8, 5, 6, 7, 8]
+    # of prompts of a group that differ what they begin with is shared
+    second = [5, 6, 8, *([7, 8] if branches else [5, 6, 7, 8])]
+    assert rows["tokens"][1, : len(second)].tolist() == second
     assert rows["num_trained"].tolist() == [[2, 1], [1, 1]]
     assert rows["sampled_logps"][0, 1] == -1.0 and rows["sampled_logps"][0, 3] == -0.5

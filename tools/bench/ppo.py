@@ -36,6 +36,7 @@ def shared(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "num_mini_batches": 1,
         "learning_rate": 1e-6,
         "temperature": 1.0,
+        "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
     }
@@ -90,7 +91,6 @@ def run_trl(args: argparse.Namespace) -> list[float]:
             stop_token="eos",
             num_sample_generations=0,
             bf16=False,
-            gradient_checkpointing=False,
             use_cpu=True,
             report_to=[],
             disable_tqdm=True,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxpost.data.examples import Example, LengthConfig, Reader, Reading, flattened, read_examples
+from jaxpost.data.examples import Example, LengthConfig, Reader, Reading, common_prefix, flattened, read_examples
 from jaxpost.data.formats import Block, DatasetType, row_type
 from jaxpost.data.template import Renderer, Span
 from jaxpost.errors import ConfigError, DataError
@@ -212,8 +212,7 @@ def _mask_prompts(encoded: Encoded, block: Block, rule: Rule) -> int:
         prompts = rule.renderer.texts(block, "prompt", block.messages("prompt"), add_generation_prompt=True)
     alone = _tokenize(block, "prompt", prompts, rule.tokenizer, special=not rule.conversational)
     for (prompt, _), (ids, mask) in zip(alone, encoded, strict=True):
-        shared = min(len(prompt), len(ids))
-        start = int(np.argmin(np.append(prompt[:shared] == ids[:shared], False)))  # where they part
+        start = common_prefix(prompt, ids)
         differing += start < len(prompt)
         mask[:start] = False
     return differing

@@ -1,5 +1,6 @@
 """The rows of a generation: which completions stand in each, and the columns that an objective is given of them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -93,16 +94,18 @@ def rows_of(
 def _examples(answers: Answers, members: Sequence[int], read: Sequence[bool], branches: bool) -> list[Example]:
     """The completions of a row with their prompts, or as branches of the last that is there with its whole prompt."""
     examples, trunk = [], np.zeros(0, np.int32)
-    for i, number in enumerate(members):
+    alike = Counter(answers.prompt_ids[number].tobytes() for number in members if read[number])  # still to come
+    for number in members:
         prompt, completion = answers.prompt_ids[number], answers.completions[number]
         if not read[number]:
             examples.append(NOTHING)
             continue
         # A branch has the last token of its prompt, to predict the completion from.
         start = min(common_prefix(trunk, prompt), len(prompt) - 1) if branches else 0
-        alike = sum(read[other] and np.array_equal(answers.prompt_ids[other], prompt) for other in members[i:])
-        if alike * (len(prompt) - start) >= len(prompt) + alike - 1:  # as many tokens as with a trunk of their own
+        left = alike[prompt.tobytes()]
+        if left * (len(prompt) - start) >= len(prompt) + left - 1:  # as many tokens as with a trunk of their own
             start, trunk = 0, prompt
+        alike[prompt.tobytes()] -= 1
         tokens = np.concatenate([prompt[start:], completion.tokens]).astype(np.int32)
         context = np.zeros(len(prompt) - start, bool)
         examples.append(Example(tokens, np.concatenate([context, completion.is_own]), 0.0, start))

@@ -96,6 +96,8 @@ def open_base(
         raise ConfigError(f"processing_class is {str(tokenizer)!r}; give AutoTokenizer.from_pretrained of it")
     tokenizer = prepare_tokenizer(tokenizer, args)
     vocab_size, notes = _grown(tokenizer, config.vocab_size, lora)
+    if lora is None and args.idle:
+        notes.append(f"{', '.join(args.idle)}: set without use_peft, which alone makes an adapter; of no effect")
     special = special_ids(tokenizer, generation_config, config.hf, vocab_size)
 
     def loaded() -> Decoder:

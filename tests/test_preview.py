@@ -48,6 +48,13 @@ def test_prompts_are_shown_of_methods_that_sample(tiny_folder, data, capsys):
     assert shown.count("tokens ─") == 3 and shown.count("<|im_start|>user") == 3
 
 
+@pytest.mark.parametrize(("more", "told"), [("", True), ("--use_peft", False)])
+def test_flags_of_an_adapter_that_is_not_asked_for_are_told(tiny_folder, data, capsys, more, told):
+    flags = f"--model_name_or_path {tiny_folder} --dataset_name {data} --lora_r 8 --use_dora --max_steps 1"
+    assert main(["preview", "sft", *flags.split(), *more.split()]) == 0
+    assert ("lora_r, use_dora: set without use_peft" in capsys.readouterr().out) == told
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

@@ -157,6 +157,12 @@ class LoRAArguments:
         if self.use_peft:
             self.lora_config()
 
+    @property
+    def idle(self) -> list[str]:
+        """Names of the flags that are set and say nothing, as no new adapter is asked for."""
+        flags = [flag for flag in fields(LoRAArguments) if not self.use_peft]
+        return [flag.name for flag in flags if getattr(self, flag.name) != flag.default]
+
     def lora_config(self) -> LoraConfig:
         """These flags as an object. A single target that is no plain name is a regular expression or `all-linear`."""
         targets: Any = self.lora_target_modules

@@ -90,11 +90,7 @@ def open_base(
     _check_adapter(name, lora, own is not None, quantization)
     if lora is not None and head == "reward" and "score" not in (lora.modules_to_save or ()):
         lora = replace(lora, modules_to_save=[*(lora.modules_to_save or ()), "score"])
-    if tokenizer is None:
-        raise ConfigError("no tokenizer: give processing_class along with a loaded model")
-    if isinstance(tokenizer, str | os.PathLike):
-        raise ConfigError(f"processing_class is {str(tokenizer)!r}; give AutoTokenizer.from_pretrained of it")
-    tokenizer = prepare_tokenizer(tokenizer, args)
+    tokenizer = _prepared(tokenizer, args)
     vocab_size, notes = _grown(tokenizer, config.vocab_size, lora)
     if lora is None and args.idle:
         notes.append(f"{', '.join(args.idle)}: set without use_peft, which alone makes an adapter; of no effect")
@@ -108,6 +104,14 @@ def open_base(
 
     exported, adapter = {**generation_config, **special}, own if lora is None else lora
     return BaseModel(name, base, config, tokenizer, vocab_size, exported, notes, adapter, loaded)
+
+
+def _prepared(tokenizer: Any, args: Any) -> Any:
+    if tokenizer is None:
+        raise ConfigError("no tokenizer: give processing_class along with a loaded model")
+    if isinstance(tokenizer, str | os.PathLike):
+        raise ConfigError(f"processing_class is {str(tokenizer)!r}; give AutoTokenizer.from_pretrained of it")
+    return prepare_tokenizer(tokenizer, args)
 
 
 def _grown(tokenizer: Any, rows: int, lora: LoraConfig | None) -> tuple[int, list[str]]:

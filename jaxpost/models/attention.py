@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from jaxpost.errors import ConfigError
 from jaxpost.models.flash import flash
+from jaxpost.models.product import kept
 from jaxpost.models.splash import LEAST_LENGTH, splash
 from jaxpost.models.views import Places, Views, seen_tiles, views_of
 from jaxpost.options import one_of
@@ -138,7 +138,7 @@ def _tiled_forward(
 
     start = (jnp.zeros_like(query), jnp.zeros((*query.shape[:-1], 1), jnp.float32))
     out, normalizer = lax.fori_loop(0, query.shape[3] // size, row, start)
-    out, normalizer = checkpoint_name(out, RESIDUALS), checkpoint_name(normalizer, RESIDUALS)
+    out, normalizer = kept(out, RESIDUALS), kept(normalizer, RESIDUALS)
     return out, (query, key, value, views, window, out, normalizer)
 
 

@@ -65,7 +65,7 @@ class Embed(nnx.Module):
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
     def attend(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        return project(self.head_adapter, h, self.embedding[...].astype(h.dtype).T, jnp.float32)
+        return project(self.head_adapter, h, self.embedding[...].astype(h.dtype), jnp.float32, turned=True)
 
 
 class Head(nnx.Module):

@@ -18,6 +18,7 @@ from jax import Array
 from jaxtyping import Float, Int, Key, UInt32
 
 from jaxpost.models.lora_config import LoraConfig
+from jaxpost.models.product import product
 
 ADAPTERS = "adapters"  # where a decoder keeps those that are not in use
 
@@ -74,13 +75,13 @@ class LoRA(nnx.Module):
         self, x: Float[Array, "*rows in"], kernel: Float[Array, "in out"], dtype: Any = None
     ) -> Float[Array, "*rows out"]:
         """The layer's output, its bias aside."""
-        y = jnp.matmul(x, kernel, preferred_element_type=dtype)
+        y = product(x, kernel, dtype)
         a, b = (factor.astype(x.dtype) for factor in self.factors())
         kept = self._drop(x)
-        update = jnp.matmul(kept @ a, b, preferred_element_type=dtype)
+        update = product(product(kept, a), b, dtype)
         if self.magnitude is None:
             return y + update
-        base = y if kept is x else jnp.matmul(kept, kernel, preferred_element_type=dtype)
+        base = y if kept is x else product(kept, kernel, dtype)
         gain = self._gain(kernel)
         return y + ((gain - 1) * base + gain * update).astype(y.dtype)
 
@@ -141,7 +142,7 @@ class Copy(nnx.Module):
         self, x: Float[Array, "*rows in"], kernel: Float[Array, "in out"], dtype: Any = None
     ) -> Float[Array, "*rows out"]:
         """The layer's output, its bias aside."""
-        return jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=dtype)
+        return product(x, self.kernel[...].astype(x.dtype), dtype)
 
     def lookup(self, tokens: Int[Array, "rows"], table: Float[Array, "V D"], dtype: str) -> Float[Array, "rows D"]:
         """Rows of an embedding."""
@@ -172,19 +173,20 @@ class Adapters(nnx.Module):
 
 
 def project(
-    adapter: Adapter | None, x: Float[Array, "*rows in"], kernel: Float[Array, "in out"], dtype: Any = None
+    adapter: Adapter | None, x: Float[Array, "*rows in"], kernel: Array, dtype: Any = None, *, turned: bool = False
 ) -> Float[Array, "*rows out"]:
     """x @ kernel, or what the adapter makes of it: what every linear layer computes, its bias aside.
 
     Args:
         adapter: None for none.
         x: the inputs.
-        kernel: in the dtype of x.
+        kernel: [in, out], in the dtype of x.
         dtype: of the result; by default that of x.
+        turned: the kernel is [out, in].
     """
     if adapter is None:
-        return jnp.matmul(x, kernel, preferred_element_type=dtype)
-    return adapter.project(x, kernel, dtype)
+        return product(x, kernel, dtype, turned=turned)
+    return adapter.project(x, kernel.T if turned else kernel, dtype)
 
 
 def column_lengths(kernel: Float[Array, "*stack in out"]) -> Float[Array, "*stack out"]:

@@ -8,6 +8,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpost.models.attention import RESIDUALS
+from jaxpost.models.product import RESULT
 
 INPUT = "block_input"  # checkpoint name of what a block is given
 
@@ -15,7 +16,7 @@ _policies = jax.checkpoint_policies
 # By name, from most memory to least; `full` and `offload` keep the inputs of blocks only.
 POLICIES: dict[str, Any] = {
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS)
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS, RESULT)
     ),
     "attention": _policies.save_only_these_names(RESIDUALS),
     "full": None,

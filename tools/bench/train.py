@@ -1,12 +1,13 @@
-"""Training on this machine: jaxpost against TRL, alternating, same model, same rows in the same order, both float32.
+"""Training on this machine: jaxpost against TRL, alternating, same model, same rows in the same order.
 
     python tools/bench/train.py --model MODEL --dataset ROWS.jsonl [--method dpo] [--rounds 3] [--steps 10]
-        [--batch_size 4] [--lora 16]
+        [--batch_size 4] [--lora 16] [--bf16 both]
 
 Each round starts a fresh process for either library and trains a few steps through its own trainer, as a user would.
 tokens/s counts real tokens (no padding) and rows/s rows, or pairs, from the end of step WARM on. Prints a line a run,
 the medians and their ratio, and writes everything to --output as JSON. With --lora both train an adapter of that rank
-on every linear layer (TRL through peft), and jaxpost's full fine-tuning is a third run. Needs the parity extra.
+on every linear layer (TRL through peft), and jaxpost's full fine-tuning is a third run. Parameters are float32, and
+so are products without --bf16; bfloat16 is what TRL computes in by default. Needs the parity extra.
 
 With --method grpo rows are prompts with an `answer`, --batch_size counts the completions of a step, 8 of a prompt, and
 the reward is 1 where the last number is the answer. Each library learns from what it samples itself: tokens/s counts
@@ -31,6 +32,7 @@ from measure import compared, in_turn, store
 
 WARM = 2  # steps that are not counted: compilation, allocator
 GROUP = 8  # completions of a prompt
+PRECISIONS = {"neither": "float32", "trl": "float32, TRL in bfloat16", "both": "bfloat16"}
 PARTS = ("generation", "reward", "appraise")  # of a step of an online method; the rest is training
 
 
@@ -87,6 +89,7 @@ def run_jaxpost(args: argparse.Namespace) -> dict[str, float]:
             **shared(args, folder),
             **({} if args.method == "grpo" else {"length_buckets": args.length_buckets}),
             report_to=["none"],
+            bf16=args.bf16 == "both",
         )
         peft_config = adapter(args.lora) if args.lora else None
         trainer = trainer_class(args.model, args=config, train_dataset=rows, peft_config=peft_config, **rewards(args))
@@ -131,7 +134,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
         config_class, trainer_class = classes(trl, args.method)
         config = config_class(
             **shared(args, folder),
-            bf16=args.trl_bf16,
+            bf16=args.bf16 != "neither",
             use_cpu=True,
             report_to=[],
             disable_tqdm=True,
@@ -214,7 +217,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--length_buckets", type=int, default=4)
     parser.add_argument("--gradient_checkpointing", type=lambda text: text == "true", default=True)
-    parser.add_argument("--trl_bf16", action="store_true", help="TRL's default autocast instead of float32")
+    parser.add_argument("--bf16", default="neither", choices=list(PRECISIONS), help="who computes in bfloat16")
     parser.add_argument("--lora", type=int, default=0, help="rank of an adapter to train; 0 for the whole model")
     parser.add_argument("--only", choices=["jaxpost", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--output", help="write the figures to this .json")
@@ -246,8 +249,8 @@ def main() -> None:
 def title(args: argparse.Namespace) -> str:
     """What is measured, of which model and rows, in which precision."""
     what = args.method.upper() + (f" with LoRA (r {args.lora})" if args.lora else "")
-    precision = "TRL in its default autocast to bfloat16" if args.trl_bf16 else "float32"
-    return f"{what} of {Path(args.model).stem}, batch {args.batch_size}, rows of {Path(args.dataset).name}, {precision}"
+    of = f"of {Path(args.model).stem}, batch {args.batch_size}, rows of {Path(args.dataset).name}"
+    return f"{what} {of}, {PRECISIONS[args.bf16]}"
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def attend_cache(
     """
     grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[2])
     # XLA on CPU is fastest with the heads last in this product and the slots last in that of the values, and needs no
-    # transposed copies of the cache for either.
+    # transposed copies of the cache for either. The scale stands between, or XLA would make one product of both steps.
     scores = jnp.einsum("bkgd,bksd->bksg", grouped, keys, preferred_element_type=jnp.float32) * scale
     scores = _capped(scores, softcap).swapaxes(2, 3)
     slots = jnp.arange(keys.shape[2])

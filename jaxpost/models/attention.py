@@ -67,33 +67,6 @@ def attention(
     return out[:, :, :, :length].transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
-def attend_cache(
-    query: Float[Array, "B H d"],
-    keys: Float[Array, "B K S d"],
-    values: Float[Array, "B K S d"],
-    lengths: Int[Array, "B"],
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Float[Array, "B H d"]:
-    """Attention of one new token a row to the first `lengths` slots of its cache; scores in float32.
-
-    All of the cache is read, since XLA on CPU copies what is sliced out of it.
-    """
-    grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[2])
-    # XLA on CPU is fastest with the heads last in this product and the slots last in that of the values, and needs no
-    # transposed copies of the cache for either. The scale stands between, or XLA would make one product of both steps.
-    scores = jnp.einsum("bkgd,bksd->bksg", grouped, keys, preferred_element_type=jnp.float32) * scale
-    scores = _capped(scores, softcap).swapaxes(2, 3)
-    slots = jnp.arange(keys.shape[2])
-    visible = slots < lengths[:, None]
-    if window is not None:
-        visible &= slots >= lengths[:, None] - window
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, NEGATIVE)).astype(values.dtype)
-    return jnp.einsum("bkgs,bksd->bkgd", weights, values).reshape(query.shape)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tiled(
     softcap: float | None,
@@ -113,7 +86,7 @@ def _tiled(
 def _tiled_forward(
     softcap: float | None, query: Array, key: Array, value: Array, views: Views, window: Array | None
 ) -> tuple[Array, tuple]:
-    """Running maximum, mass and weighted sum over the tiles of keys; row statistics are [B, K, G, T, 1]."""
+    """Maximum, then mass and weighted sum, over the tiles of keys; row statistics are [B, K, G, T, 1]."""
     size = min(BLOCK, query.shape[3])
     tiles = seen_tiles(views, window, size)
     tile_scores = partial(_scores, softcap, window, size)
@@ -121,17 +94,23 @@ def _tiled_forward(
     def row(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         tile_query = _window(query, index, size)
 
-        def column(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            other, (peak, mass, out) = tiles.numbers[index, number], sums
-            scores, _ = tile_scores(tile_query, key, views, index, other)
-            new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
-            weights, shrink = jnp.exp(scores - new_peak), jnp.exp(peak - new_peak)
-            part = _matmul("bkgts,bksd->bkgtd", weights.astype(value.dtype), _window(value, other, size))
-            return new_peak, mass * shrink + jnp.sum(weights, axis=-1, keepdims=True), out * shrink + part
+        # The peak of all tiles comes first: weights, and their rounding, then do not depend on how rows were tiled.
+        def higher(number: Array, peak: Array) -> Array:
+            scores, _ = tile_scores(tile_query, key, views, index, tiles.numbers[index, number])
+            return jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
 
         statistic = (*tile_query.shape[:-1], 1)
-        empty = (jnp.full(statistic, NEGATIVE), jnp.zeros(statistic), jnp.zeros(tile_query.shape))
-        peak, mass, out = lax.fori_loop(0, tiles.counts[index], column, empty)
+        peak = lax.fori_loop(0, tiles.counts[index], higher, jnp.full(statistic, NEGATIVE))
+
+        def column(number: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            other, (mass, out) = tiles.numbers[index, number], sums
+            scores, _ = tile_scores(tile_query, key, views, index, other)
+            weights = jnp.exp(scores - peak)
+            part = _matmul("bkgts,bksd->bkgtd", weights.astype(value.dtype), _window(value, other, size))
+            return mass + jnp.sum(weights, axis=-1, keepdims=True), out + part
+
+        empty = (jnp.zeros(statistic), jnp.zeros(tile_query.shape))
+        mass, out = lax.fori_loop(0, tiles.counts[index], column, empty)
         new = (out / mass).astype(query.dtype), peak + jnp.log(mass)
         whole, normalizer = (_put_window(old, part, index, size) for old, part in zip(results, new, strict=True))
         return whole, normalizer
@@ -200,12 +179,13 @@ def _scores(
     visible |= (ours.trunks[:, :, None] == segments) & (positions < ours.starts[:, :, None])
     if window is not None:
         visible &= distance < window
-    scores = _capped(_matmul("bkgtd,bksd->bkgts", query, _window(key, column, size)), softcap)
+    scores = capped(_matmul("bkgtd,bksd->bkgts", query, _window(key, column, size)), softcap)
     slope = 1.0 if softcap is None else 1 - (scores / softcap) ** 2
     return jnp.where(visible[:, None, None], scores, NEGATIVE), slope
 
 
-def _capped(scores: Array, softcap: float | None) -> Array:
+def capped(scores: Array, softcap: float | None) -> Array:
+    """Scores within `softcap` of 0; as they are without one."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 

@@ -15,7 +15,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxpost.models.at_hand import at_hand
-from jaxpost.models.attention import attend_cache, attention
+from jaxpost.models.attention import attention
+from jaxpost.models.cache import Cache
 from jaxpost.models.config import Compute, ModelConfig
 from jaxpost.models.context import to_heads, to_tokens
 from jaxpost.models.layers import MLP, Embed, Head, Linear, RMSNorm
@@ -27,25 +28,6 @@ from jaxpost.models.views import Places
 from jaxpost.sharding import constrain
 
 HEADS = ("lm", "reward")
-
-
-class Cache(NamedTuple):
-    """Keys and values of every layer; slot s of a row holds position s.
-
-    Attributes:
-        keys, values: one [B, K, S, d] array a layer: updating one never copies another.
-        lengths: [B] number of filled slots.
-    """
-
-    keys: tuple[Float[Array, "B K S d"], ...]
-    values: tuple[Float[Array, "B K S d"], ...]
-    lengths: Int[Array, "B"]
-
-    def grown(self, length: int) -> "Cache":
-        """The same with room for `length` tokens."""
-        room = [(0, 0), (0, 0), (0, length - self.keys[0].shape[2]), (0, 0)]
-        keys, values = (tuple(jnp.pad(x, room) for x in layers) for layers in (self.keys, self.values))
-        return Cache(keys, values, self.lengths)
 
 
 class Layer(NamedTuple):
@@ -204,9 +186,8 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         h, (keys, values), _ = self._walk(tokens, positions, segments, cache_length, with_cache=True)
-        keys, values = (tuple(x.swapaxes(1, 2) for x in stacked) for stacked in (keys, values))
         last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return last, Cache(keys, values, lengths).grown(cache_length)
+        return last, Cache.of(keys, values, lengths, cache_length)
 
     @property
     def cache_grows(self) -> bool:
@@ -235,29 +216,23 @@ class Decoder(nnx.Module):
         what `unstacked` gives, where that has been done before.
         """
         config = self.config
-        rows, heads = jnp.arange(len(tokens))[:, None], jnp.arange(config.num_kv_heads)
-        at = rows, heads, cache.lengths[:, None]
-        angles = rotary_angles(config.rotaries, cache.lengths, cache.keys[0].shape[2])
+        angles = rotary_angles(config.rotaries, cache.lengths, cache.room)
         graphdef = nnx.split(self.layers)[0]
         h = self._embedded(tokens)
-        keys, values = [], []
         for index, weights in enumerate(self.unstacked() if layers is None else layers):
             block = nnx.merge(graphdef, weights)
             kind = config.layer_rotaries[index]
             query, key, value = block.project(h, angles.cos[kind], angles.sin[kind])
-            keys.append(cache.keys[index].at[at].set(key))
-            values.append(cache.values[index].at[at].set(value))
-            attended = attend_cache(
+            cache = cache.put(index, key, value)
+            attended = cache.attend(
+                index,
                 query,
-                keys[index],
-                values[index],
-                cache.lengths + 1,
                 scale=config.attention_scale,
                 window=config.layer_windows[index],
                 softcap=config.attention_softcap,
             )
             h, _ = block.finish(h, attended)
-        return self.norm(h), Cache(tuple(keys), tuple(values), cache.lengths + 1)
+        return self.norm(h), cache._replace(lengths=cache.lengths + 1)
 
     def _embedded(self, tokens: Int[Array, "rows"]) -> Float[Array, "rows D"]:
         h = self.embed(tokens, self.compute.dtype)

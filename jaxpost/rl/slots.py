@@ -234,7 +234,8 @@ def layout(part: Any) -> tuple[str | None, ...]:
 
     Every group of devices has its own slots; over `tensor` it splits the heads of the cache's keys and values.
     """
-    return ("tokens", "heads", None, None) if part.ndim == 4 else ("tokens", *[None] * (part.ndim - 1))
+    of_cache = ("heads",) if part.ndim >= 4 else ()
+    return ("tokens", *of_cache, *[None] * (part.ndim - 1 - len(of_cache)))
 
 
 def _spread(slots: Slots) -> Slots:

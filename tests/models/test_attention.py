@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxpost.errors import ConfigError
-from jaxpost.models.attention import BLOCK, attend_cache, attention
+from jaxpost.models.attention import BLOCK, attention
 from jaxpost.models.views import Places
 
 LENGTHS = [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 44]
@@ -113,19 +113,6 @@ def test_tiles_beyond_the_window_are_not_even_read():
     out = attention(query, key, value, places, scale=0.3, window=jnp.asarray(BLOCK))
     assert np.all(np.isfinite(out[:, 2 * BLOCK :]))
     assert np.all(np.isnan(out[:, :BLOCK]))
-
-
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, 0.7)])
-def test_one_token_against_a_cache(window, softcap):
-    (query, key, value), _ = inputs(9, 1)
-    whole = Places(jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32))
-    limits = {"scale": 0.3, "softcap": softcap}
-    full = attention(query, key, value, whole, window=None if window is None else jnp.asarray(window), **limits)
-    room = [(0, 0), (0, 0), (0, 5), (0, 0)]
-    lengths = jnp.asarray([9, 4])
-    last = query[jnp.arange(2), lengths - 1]
-    one = attend_cache(last, *(jnp.pad(x.swapaxes(1, 2), room) for x in (key, value)), lengths, window=window, **limits)
-    np.testing.assert_allclose(one, full[jnp.arange(2), lengths - 1], atol=1e-6)
 
 
 def test_unknown_kernel_is_named():

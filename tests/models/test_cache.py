@@ -1,0 +1,80 @@
+"""One more token and a cache against the attention of whole rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpost.models.attention import attention
+from jaxpost.models.cache import BLOCK, Cache
+from jaxpost.models.views import Places
+
+HEADS, KV_HEADS, DIM = 6, 2, 8
+
+
+def arrays(length, dtype=jnp.float32, rows=2):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((rows, length, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return tuple(jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True))
+
+
+def whole(query, key, value, **options):
+    rows, length = query.shape[:2]
+    places = Places(jnp.broadcast_to(jnp.arange(length), (rows, length)), jnp.ones((rows, length), jnp.int32))
+    return attention(query, key, value, places, **options)
+
+
+def token_by_token(query, key, value, start, room, **options):
+    """The outputs of the tokens from `start` on, [rows, T - start, H, d], with a cache of one layer."""
+    rows, length = query.shape[:2]
+    cache = Cache.of([key[:, :start]], [value[:, :start]], jnp.full(rows, start), room)
+    out = []
+    for place in range(start, length):
+        cache = cache.put(0, key[:, place], value[:, place])
+        out.append(cache.attend(0, query[:, place], **options))
+        cache = cache._replace(lengths=cache.lengths + 1)
+    return jnp.stack(out, axis=1)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, 0.7)])
+def test_every_token_is_as_in_the_whole_row(window, softcap, platform, monkeypatch):
+    length, start = BLOCK + 9, BLOCK - 2
+    row = arrays(length)
+    traced = None if window is None else jnp.asarray(window)
+    full = whole(*row, scale=0.3, window=traced, softcap=softcap)[:, start:]
+    monkeypatch.setattr("jaxpost.models.cache.platform", lambda: platform)
+    each = token_by_token(*row, start, length + 5, scale=0.3, window=window, softcap=softcap)
+    np.testing.assert_allclose(each, full, atol=1e-6)
+
+
+def test_rows_of_different_lengths_see_their_own_tokens_only():
+    query, key, value = arrays(9)
+    lengths = jnp.asarray([8, 3])
+    rows = jnp.arange(2)
+    full = whole(query, key, value, scale=0.3)[rows, lengths]
+    cache = Cache.of([key], [value], lengths, 20).put(0, key[rows, lengths], value[rows, lengths])
+    np.testing.assert_allclose(cache.attend(0, query[rows, lengths], scale=0.3), full, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_growing_changes_nothing_but_the_room(dtype, platform, monkeypatch):
+    monkeypatch.setattr("jaxpost.models.cache.platform", lambda: platform)
+    query, key, value = arrays(10, dtype)
+    small = Cache.of([key], [value], jnp.full(2, 9), 10)
+    large = small.grown(3 * BLOCK + 1)
+    assert (small.room, large.room) == (10, 3 * BLOCK + 1)
+    outs = (cache.put(0, key[:, 9], value[:, 9]).attend(0, query[:, 9], scale=0.3) for cache in (small, large))
+    small_out, large_out = outs
+    assert small_out.dtype == dtype
+    np.testing.assert_allclose(small_out.astype(jnp.float32), large_out.astype(jnp.float32), atol=1e-6)
+
+
+def test_bfloat16_is_rounded_where_the_attention_of_rows_rounds_it():
+    row = arrays(40, jnp.bfloat16)
+    exact = {"xla_allow_excess_precision": False}
+    full = jax.jit(lambda row: whole(*row, scale=0.3)[:, 8:], compiler_options=exact)(row)
+    each = jax.jit(lambda row: token_by_token(*row, 8, 40, scale=0.3), compiler_options=exact)(row)
+    # Sums in float32 may differ in their last places, and seldom enough to be rounded to the next number.
+    assert np.mean(np.asarray(full) != np.asarray(each)) < 0.01

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpost.base_model import BaseModel
+from jaxpost.compilation import as_written
 from jaxpost.completer import as_asked
 from jaxpost.data.bad_rows import BadRows
 from jaxpost.data.chat import encode_prompt
@@ -296,7 +297,7 @@ class Appraisal:
             return [jax.tree.map(lambda column, i=i: column[i], split) for i in range(parts)], appraised["advantages"]
 
         # Laid out as `put` does it, so that a step is the same program when they come from a checkpoint.
-        self.program = jax.jit(appraise, out_shardings=(rows_sharding(mesh), None))
+        self.program = jax.jit(appraise, out_shardings=(rows_sharding(mesh), None), compiler_options=as_written())
 
     def __call__(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[list[Batch], np.ndarray]:
         """The batches, and the advantage of each completion [B, S]."""

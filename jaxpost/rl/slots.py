@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from jaxpost.compilation import as_written
 from jaxpost.platform import platform
 from jaxpost.rl.sampling import Sampling, sample
 from jaxpost.sharding import constrain
@@ -73,8 +74,8 @@ class Programs:
         self.empty = jax.jit(self._empty, static_argnums=1)
         self._gather = gather
         self.at_hand = jax.jit(lambda weights: nnx.merge(graphdef, weights).at_hand(gather=gather))
-        self.admit = jax.jit(self._admit, donate_argnums=1)
-        self.decode = jax.jit(self._decode, donate_argnums=2)
+        self.admit = jax.jit(self._admit, donate_argnums=1, compiler_options=as_written())
+        self.decode = jax.jit(self._decode, donate_argnums=2, compiler_options=as_written())
         self.keep = jax.jit(self._keep)
         self.grown = jax.jit(lambda slots: _spread(slots._replace(cache=slots.cache.grown(cache_length))))
         self.finish = jax.jit(lambda slots, chosen: slots._replace(done=slots.done | chosen), donate_argnums=0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from jaxpost.compilation import as_written
 from jaxpost.metrics import Metric, loss_of, over_parts
 from jaxpost.objectives.base import Batch, Objective
 from jaxpost.objectives.sequences import num_tokens
@@ -95,7 +96,7 @@ def make_step(
 
     # Without this the compiler picks the layout of the new state, and the second step compiles again.
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None), compiler_options=as_written())
 
 
 def _mean_gradient(

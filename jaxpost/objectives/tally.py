@@ -107,7 +107,9 @@ class Tally(NamedTuple):
         if details:
             mean_logit, collision = self.total / width, jnp.log(self.squares) - 2 * jnp.log(self.mass)
         top = (self.chosen >= self.peak).astype(jnp.float32)
-        said = TokenScores(self.chosen - self.normalizer, self.entropy, top, mean_logit, collision)
+        # In this order, which is the sampler's: the peak is large, and so is what the rounding of a sum with it loses.
+        logps = self.chosen - self.peak - jnp.log(self.mass)
+        said = TokenScores(logps, self.entropy, top, mean_logit, collision)
         return jax.tree.map(lambda x: jnp.where(self.mass > 0, x, 0.0), said)
 
 

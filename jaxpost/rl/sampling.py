@@ -76,7 +76,9 @@ def sample(
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - peak)
     drawn, mass = _draw(weights, uniform)
-    tokens = jnp.where(sampling.temperature <= 0, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    # XLA on CPU takes as long over it as over the rest of the sampler, so it is looked for where it is wanted only.
+    greedy = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)  # noqa: E731
+    tokens = lax.cond(sampling.temperature <= 0, greedy, lambda: drawn.astype(jnp.int32))
     chosen = jnp.take_along_axis(logits - peak, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jnp.log(mass)
 

@@ -102,7 +102,7 @@ def laid_out(keys: Num[Array, "B K S d"]) -> Num[Array, "B K S d"] | Num[Array, 
     if platform() != "cpu":
         return keys
     batch, heads, room, dim = keys.shape
-    keys = jnp.pad(keys, [(0, 0), (0, 0), (0, -room % BLOCK), (0, 0)])
+    keys = _longer(keys, room + -room % BLOCK)
     return keys.reshape(batch, heads, -1, BLOCK, dim).swapaxes(3, 4)
 
 

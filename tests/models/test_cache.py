@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpost.compilation import as_written
 from jaxpost.models.attention import attention
 from jaxpost.models.cache import BLOCK, Cache
 from jaxpost.models.views import Places
@@ -48,13 +49,16 @@ def test_every_token_is_as_in_the_whole_row(window, softcap, platform, monkeypat
     np.testing.assert_allclose(each, full, atol=1e-6)
 
 
-def test_rows_of_different_lengths_see_their_own_tokens_only():
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, 0.7)])
+def test_rows_of_different_lengths_see_their_own_tokens_only(window, softcap):
     query, key, value = arrays(9)
     lengths = jnp.asarray([8, 3])
     rows = jnp.arange(2)
-    full = whole(query, key, value, scale=0.3)[rows, lengths]
+    traced = None if window is None else jnp.asarray(window)
+    full = whole(query, key, value, scale=0.3, window=traced, softcap=softcap)[rows, lengths]
     cache = Cache.of([key], [value], lengths, 20).put(0, key[rows, lengths], value[rows, lengths])
-    np.testing.assert_allclose(cache.attend(0, query[rows, lengths], scale=0.3), full, atol=1e-6)
+    one = cache.attend(0, query[rows, lengths], scale=0.3, window=window, softcap=softcap)
+    np.testing.assert_allclose(one, full, atol=1e-6)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -73,8 +77,7 @@ def test_growing_changes_nothing_but_the_room(dtype, platform, monkeypatch):
 
 def test_bfloat16_is_rounded_where_the_attention_of_rows_rounds_it():
     row = arrays(40, jnp.bfloat16)
-    exact = {"xla_allow_excess_precision": False}
-    full = jax.jit(lambda row: whole(*row, scale=0.3)[:, 8:], compiler_options=exact)(row)
-    each = jax.jit(lambda row: token_by_token(*row, 8, 40, scale=0.3), compiler_options=exact)(row)
+    full = jax.jit(lambda row: whole(*row, scale=0.3)[:, 8:], compiler_options=as_written())(row)
+    each = jax.jit(lambda row: token_by_token(*row, 8, 40, scale=0.3), compiler_options=as_written())(row)
     # Sums in float32 may differ in their last places, and seldom enough to be rounded to the next number.
     assert np.mean(np.asarray(full) != np.asarray(each)) < 0.01

@@ -19,12 +19,13 @@ from jaxtyping import Float, Int
 from jaxpost.errors import ConfigError
 from jaxpost.models.flash import flash
 from jaxpost.models.product import kept
+from jaxpost.models.softmax import exp, total
 from jaxpost.models.splash import LEAST_LENGTH, splash
-from jaxpost.models.views import Places, Views, seen_tiles, views_of
+from jaxpost.models.tiles import BLOCK, Columns, Span, padded, tiles_of
+from jaxpost.models.views import Places, Views, views_of
 from jaxpost.options import one_of
 from jaxpost.platform import platform
 
-BLOCK = 128  # queries, and keys, of a tile of the XLA kernel
 NEGATIVE = -1e30  # finite: a row that sees nothing stays free of NaN
 RESIDUALS = "attention"  # checkpoint name of what the backward pass needs besides its inputs
 
@@ -58,7 +59,7 @@ def attention(
     run = KERNELS[_chosen(kernel, query, plain=window is None and not branches)]
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
-    room = -length % min(BLOCK, length)
+    room = padded(length) - length
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     pad = [(0, 0)] * 3 + [(0, room), (0, 0)]
     query, key, value = (jnp.pad(x, pad) for x in (grouped, *(x.swapaxes(1, 2)[:, :, None] for x in (key, value))))
@@ -78,7 +79,8 @@ def _tiled(
 ) -> Float[Array, "B K G T d"]:
     """FlashAttention in plain XLA (Dao et al., 2022, arXiv:2205.14135): tiles of scores, none kept.
 
-    Tiles above the diagonal, beyond the window and of other documents or branches only are skipped at run time.
+    Tiles above the diagonal are skipped; in long rows those beyond the window, and of other documents or branches
+    only, are skipped at run time.
     """
     return _tiled_forward(softcap, query, key, value, views, window)[0]
 
@@ -87,74 +89,67 @@ def _tiled_forward(
     softcap: float | None, query: Array, key: Array, value: Array, views: Views, window: Array | None
 ) -> tuple[Array, tuple]:
     """Maximum, then mass and weighted sum, over the tiles of keys; row statistics are [B, K, G, T, 1]."""
-    size = min(BLOCK, query.shape[3])
-    tiles = seen_tiles(views, window, size)
-    tile_scores = partial(_scores, softcap, window, size)
+    tiles, tile_scores = tiles_of(views, window), partial(_scores, softcap, window)
 
-    def row(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        tile_query = _window(query, index, size)
+    def row(ours: Span, columns: Columns, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        tile_query = _part(query, ours)
 
         # The peak of all tiles comes first: weights, and their rounding, then do not depend on how rows were tiled.
-        def higher(number: Array, peak: Array) -> Array:
-            scores, _ = tile_scores(tile_query, key, views, index, tiles.numbers[index, number])
+        def higher(theirs: Span, peak: Array) -> Array:
+            scores, _ = tile_scores(tile_query, key, views, ours, theirs)
             return jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
 
         statistic = (*tile_query.shape[:-1], 1)
-        peak = lax.fori_loop(0, tiles.counts[index], higher, jnp.full(statistic, NEGATIVE))
+        peak = columns(higher, jnp.full(statistic, NEGATIVE))
 
-        def column(number: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            other, (mass, out) = tiles.numbers[index, number], sums
-            scores, _ = tile_scores(tile_query, key, views, index, other)
-            weights = jnp.exp(scores - peak)
-            part = _matmul("bkgts,bksd->bkgtd", weights.astype(value.dtype), _window(value, other, size))
-            return mass + jnp.sum(weights, axis=-1, keepdims=True), out + part
+        def column(theirs: Span, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            mass, out = sums
+            scores, _ = tile_scores(tile_query, key, views, ours, theirs)
+            weights = exp(scores - peak)
+            part = _matmul("bkgts,bksd->bkgtd", weights.astype(value.dtype), _part(value, theirs))
+            return mass + total(weights), out + part
 
-        empty = (jnp.zeros(statistic), jnp.zeros(tile_query.shape))
-        mass, out = lax.fori_loop(0, tiles.counts[index], column, empty)
+        mass, out = columns(column, (jnp.zeros(statistic), jnp.zeros(tile_query.shape)))
         new = (out / mass).astype(query.dtype), peak + jnp.log(mass)
-        whole, normalizer = (_put_window(old, part, index, size) for old, part in zip(results, new, strict=True))
+        whole, normalizer = (_put(old, part, ours) for old, part in zip(results, new, strict=True))
         return whole, normalizer
 
-    start = (jnp.zeros_like(query), jnp.zeros((*query.shape[:-1], 1), jnp.float32))
-    out, normalizer = lax.fori_loop(0, query.shape[3] // size, row, start)
+    out, normalizer = tiles.rows(row, (jnp.zeros_like(query), jnp.zeros((*query.shape[:-1], 1), jnp.float32)))
     out, normalizer = kept(out, RESIDUALS), kept(normalizer, RESIDUALS)
     return out, (query, key, value, views, window, out, normalizer)
 
 
 def _tiled_backward(softcap: float | None, saved: tuple, gradient: Array) -> tuple[Array, Array, Array, None, None]:
     query, key, value, views, window, out, normalizer = saved
-    size = min(BLOCK, query.shape[3])
-    tiles = seen_tiles(views, window, size)
-    tile_scores = partial(_scores, softcap, window, size)
+    tiles, tile_scores = tiles_of(views, window), partial(_scores, softcap, window)
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
-    def row(index: Array, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def row(ours: Span, columns: Columns, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         of_query, of_key, of_value = gradients
         tile_query, tile_gradient, tile_normalizer, tile_delta = (
-            _window(x, index, size) for x in (query, gradient, normalizer, delta)
+            _part(x, ours) for x in (query, gradient, normalizer, delta)
         )
 
-        def column(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            other, (of_tile, of_key, of_value) = tiles.numbers[index, number], sums
-            tile_key, tile_value = _window(key, other, size), _window(value, other, size)
-            scores, slope = tile_scores(tile_query, key, views, index, other)
-            weights = jnp.exp(scores - tile_normalizer)
+        def column(theirs: Span, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            of_tile, of_key, of_value = sums
+            tile_key, tile_value = _part(key, theirs), _part(value, theirs)
+            scores, slope = tile_scores(tile_query, key, views, ours, theirs)
+            weights = exp(scores - tile_normalizer)
             of_weights = _matmul("bkgtd,bksd->bkgts", tile_gradient, tile_value)
             of_scores = (weights * (of_weights - tile_delta) * slope).astype(query.dtype)
             add_key = _matmul("bkgts,bkgtd->bksd", of_scores, tile_query)
             add_value = _matmul("bkgts,bkgtd->bksd", weights.astype(query.dtype), tile_gradient)
             return (
                 of_tile + _matmul("bkgts,bksd->bkgtd", of_scores, tile_key),
-                _put_window(of_key, _window(of_key, other, size) + add_key, other, size),
-                _put_window(of_value, _window(of_value, other, size) + add_value, other, size),
+                _put(of_key, _part(of_key, theirs) + add_key, theirs),
+                _put(of_value, _part(of_value, theirs) + add_value, theirs),
             )
 
-        begin = (jnp.zeros(tile_query.shape), of_key, of_value)
-        of_tile, of_key, of_value = lax.fori_loop(0, tiles.counts[index], column, begin)
-        return _put_window(of_query, of_tile.astype(query.dtype), index, size), of_key, of_value
+        of_tile, of_key, of_value = columns(column, (jnp.zeros(tile_query.shape), of_key, of_value))
+        return _put(of_query, of_tile.astype(query.dtype), ours), of_key, of_value
 
     start = (jnp.zeros_like(query), jnp.zeros(key.shape), jnp.zeros(value.shape))
-    of_query, of_key, of_value = lax.fori_loop(0, query.shape[3] // size, row, start)
+    of_query, of_key, of_value = tiles.rows(row, start)
     return of_query, of_key.astype(key.dtype), of_value.astype(value.dtype), None, None
 
 
@@ -162,24 +157,17 @@ _tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
 def _scores(
-    softcap: float | None,
-    window: Array | None,
-    size: int,
-    query: Array,
-    key: Array,
-    views: Views,
-    row: Array,
-    column: Array,
+    softcap: float | None, window: Array | None, query: Array, key: Array, views: Views, row: Span, column: Span
 ) -> tuple[Array, Array | float]:
     """Masked float32 scores of a tile, and their derivative by the scores before the soft cap."""
-    ours, theirs = (Views(*(lax.dynamic_slice_in_dim(x, i * size, size, axis=1) for x in views)) for i in (row, column))
+    ours, theirs = (Views(*(lax.dynamic_slice_in_dim(x, *span, axis=1) for x in views)) for span in (row, column))
     segments, positions = theirs.segments[:, None, :], theirs.positions[:, None, :]
     distance = ours.positions[:, :, None] - positions
     visible = (ours.segments[:, :, None] == segments) & (distance >= 0)
     visible |= (ours.trunks[:, :, None] == segments) & (positions < ours.starts[:, :, None])
     if window is not None:
         visible &= distance < window
-    scores = capped(_matmul("bkgtd,bksd->bkgts", query, _window(key, column, size)), softcap)
+    scores = capped(_matmul("bkgtd,bksd->bkgts", query, _part(key, column)), softcap)
     slope = 1.0 if softcap is None else 1 - (scores / softcap) ** 2
     return jnp.where(visible[:, None, None], scores, NEGATIVE), slope
 
@@ -202,12 +190,12 @@ def _matmul(formula: str, a: Array, b: Array) -> Array:
     return out.reshape(*a.shape[:4], out.shape[-1])
 
 
-def _window(x: Array, index: Array, size: int) -> Array:
-    return lax.dynamic_slice_in_dim(x, index * size, size, axis=x.ndim - 2)
+def _part(x: Array, span: Span) -> Array:
+    return lax.dynamic_slice_in_dim(x, *span, axis=x.ndim - 2)
 
 
-def _put_window(whole: Array, part: Array, index: Array, size: int) -> Array:
-    return lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=whole.ndim - 2)
+def _put(whole: Array, part: Array, span: Span) -> Array:
+    return lax.dynamic_update_slice_in_dim(whole, part, span.begin, axis=whole.ndim - 2)
 
 
 def _splash(softcap: float | None, query: Array, key: Array, value: Array, views: Views, window: None) -> Array:

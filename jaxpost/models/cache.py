@@ -2,8 +2,8 @@
 
 On CPU keys are kept in blocks of slots, turned so that a block has its slots in its last dimension. Scores are then
 sums over the last but one, which XLA vectorises and reads from front to back: half the time of any product with keys
-that lie token by token. What is read, multiplied, rounded and in which order is as in `attention`, so that both say the
-same of a token, as nearly as they can.
+that lie token by token. What is read, multiplied, rounded and in which order is as in `attention`, so that both give the
+same to the bit where all that a token sees stands within `tiles.WIDE` tokens of its row.
 """
 
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int, Num
 
 from jaxpost.models.attention import NEGATIVE, capped
+from jaxpost.models.softmax import exp, total
 from jaxpost.platform import platform
 
 BLOCK = 64  # slots
@@ -61,6 +62,7 @@ class Cache(NamedTuple):
         rows, heads, slots = jnp.arange(len(key))[:, None], jnp.arange(key.shape[1]), self.lengths[:, None]
         keys, values = self.keys[layer], self.values[layer]
         at = (slots // BLOCK, slice(None), slots % BLOCK) if keys.ndim == 5 else (slots,)
+        key = _as_summed(key) if keys.ndim == 5 else key
         keys, values = keys.at[rows, heads, *at].set(_bits(key)), values.at[rows, heads, slots].set(_bits(value))
         return self._replace(keys=_with(self.keys, layer, keys), values=_with(self.values, layer, values))
 
@@ -91,8 +93,8 @@ class Cache(NamedTuple):
         if window is not None:
             visible &= slots > length - window
         scores = jnp.where(visible[:, None, None], scores, NEGATIVE)
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-        mass = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        mass = total(weights)
         out = jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return (out / mass).astype(query.dtype).reshape(query.shape)
 
@@ -102,7 +104,7 @@ def laid_out(keys: Num[Array, "B K S d"]) -> Num[Array, "B K S d"] | Num[Array, 
     if platform() != "cpu":
         return keys
     batch, heads, room, dim = keys.shape
-    keys = _longer(keys, room + -room % BLOCK)
+    keys = _as_summed(_longer(keys, room + -room % BLOCK))
     return keys.reshape(batch, heads, -1, BLOCK, dim).swapaxes(3, 4)
 
 
@@ -110,9 +112,14 @@ def _products(query: Float[Array, "B K G d"], keys: Array, room: int) -> Float[A
     """Of each query with the keys of its head."""
     if keys.ndim == 4:
         return jnp.einsum("bkgd,bksd->bkgs", query, keys, preferred_element_type=jnp.float32)
-    query, keys = query.astype(jnp.float32), keys.astype(jnp.float32)
+    query, keys = _as_summed(query).astype(jnp.float32), keys.astype(jnp.float32)
     scores = jnp.sum(query[:, :, :, None, :, None] * keys[:, :, None], axis=4)
     return scores.reshape(*query.shape[:3], -1)[..., :room]
+
+
+def _as_summed(x: Num[Array, "*shape d"]) -> Num[Array, "*shape d"]:
+    """In the order in which a product sums: of bfloat16 the second of each two numbers first, as processors do it."""
+    return x if x.dtype.itemsize == 4 else x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
 
 
 def _bits(x: Array) -> Array:

@@ -47,24 +47,6 @@ def views_of(places: Places) -> Views:
     return Views(positions, segments, jnp.take_along_axis(segments, begins, axis=1), starts, begins)
 
 
-class SeenTiles(NamedTuple):
-    """The tiles of keys that each tile of queries needs.
-
-    Attributes:
-        numbers: [tiles, tiles] in each row those that are needed come first, in order.
-        counts: [tiles] how many they are.
-    """
-
-    numbers: Int[Array, "tiles tiles"]
-    counts: Int[Array, "tiles"]
-
-
-def seen_tiles(views: Views, window: Array | None, size: int) -> SeenTiles:
-    """Which tiles any row needs."""
-    needed = jnp.any(needed_tiles(views, window, size), axis=0)
-    return SeenTiles(jnp.argsort(~needed, axis=1, stable=True), jnp.sum(needed, axis=1))
-
-
 def needed_tiles(views: Views, window: Array | None, size: int) -> Bool[Array, "B tiles tiles"]:
     """Which tiles of keys a tile of queries needs: those that may hold tokens of its segments, or of their trunks."""
     tiled = Views(*(x.reshape(len(x), -1, size) for x in views))

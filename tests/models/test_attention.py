@@ -1,4 +1,4 @@
-"""The tiled kernel against scores written out, over rows longer than a tile."""
+"""The tiled kernel against scores written out, over rows that are one tile and rows longer than a tile."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 
 from jaxpost.errors import ConfigError
-from jaxpost.models.attention import BLOCK, attention
+from jaxpost.models.attention import attention
+from jaxpost.models.tiles import BLOCK
 from jaxpost.models.views import Places
 
 LENGTHS = [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 44]
+
+
+@pytest.fixture(params=["short", "near", "far"])
+def keys(request, monkeypatch):
+    """Rows whose tiles have all keys at once, those near, or one tile of keys after the other."""
+    if request.param != "short":
+        monkeypatch.setattr("jaxpost.models.tiles.WIDE", {"near": 2 * BLOCK, "far": BLOCK}[request.param])
 
 
 def inputs(length, documents, rows=2, heads=6, kv_heads=3, dim=8):
@@ -37,6 +45,7 @@ def written_out(query, key, value, places, scale, window=None, softcap=None):
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), value)
 
 
+@pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(
     ("documents", "window", "softcap"), [(1, None, None), (5, None, None), (2, 5, 0.7), (1, BLOCK + 3, None)]
@@ -70,6 +79,7 @@ def branching(trunk, branches):
     return Places(jnp.asarray([positions]), jnp.asarray([segments])), texts
 
 
+@pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("window", [None, 9, BLOCK + 9])
 @pytest.mark.parametrize(
     ("trunk", "branches"),
@@ -96,6 +106,7 @@ def test_a_branch_sees_what_its_text_written_out_would(trunk, branches, window):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.usefixtures("keys")
 def test_documents_have_exactly_no_influence_on_each_other():
     arrays, places = inputs(2 * BLOCK, 4, rows=1)
     chosen = (places.segments == 2)[..., None, None]
@@ -105,7 +116,8 @@ def test_documents_have_exactly_no_influence_on_each_other():
         assert np.any(array)
 
 
-def test_tiles_beyond_the_window_are_not_even_read():
+def test_tiles_beyond_the_window_are_not_even_read(monkeypatch):
+    monkeypatch.setattr("jaxpost.models.tiles.WIDE", BLOCK)
     (query, key, value), _ = inputs(3 * BLOCK, 1, rows=1)
     order = jnp.arange(3 * BLOCK)
     places = Places(order[None], jnp.ones((1, 3 * BLOCK), jnp.int32))

@@ -13,9 +13,9 @@ from jaxpost.models.views import Places
 HEADS, KV_HEADS, DIM = 6, 2, 8
 
 
-def arrays(length, dtype=jnp.float32, rows=2):
+def arrays(length, dtype=jnp.float32, rows=2, dim=DIM):
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((rows, length, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    shapes = ((rows, length, heads, dim) for heads in (HEADS, KV_HEADS, KV_HEADS))
     return tuple(jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True))
 
 
@@ -73,6 +73,15 @@ def test_growing_changes_nothing_but_the_room(dtype, platform, monkeypatch):
     small_out, large_out = outs
     assert small_out.dtype == dtype
     np.testing.assert_allclose(small_out.astype(jnp.float32), large_out.astype(jnp.float32), atol=1e-6)
+
+
+@pytest.mark.slow  # holds on processors that multiply bfloat16 natively, in pairs
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_on_cpu_a_token_is_the_same_to_the_bit(dtype):
+    row = arrays(150, dtype, rows=24, dim=64)
+    full = jax.jit(lambda row: whole(*row, scale=0.3)[:, 120:], compiler_options=as_written())(row)
+    each = jax.jit(lambda row: token_by_token(*row, 120, 192, scale=0.3), compiler_options=as_written())(row)
+    np.testing.assert_array_equal(np.asarray(full), np.asarray(each))
 
 
 def test_bfloat16_is_rounded_where_the_attention_of_rows_rounds_it():

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxpost.models import attention as module
-from jaxpost.models.attention import BLOCK, RESIDUALS, attention
+from jaxpost.models.attention import RESIDUALS, attention
 from jaxpost.models.flash import flash
+from jaxpost.models.tiles import BLOCK
 from jaxpost.sharding import make_mesh
 from tests.models.test_attention import branching, inputs, written_out
 

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxpost import SFTConfig, SFTTrainer
-from jaxpost.models.attention import BLOCK
 from jaxpost.models.families import read_config
+from jaxpost.models.tiles import BLOCK
 from jaxpost.models.transformer import Decoder
 from jaxpost.objectives.logps import score_batch
 from tests.conftest import TINY_LLAMA, make_model

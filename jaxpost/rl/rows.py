@@ -13,6 +13,7 @@ from jaxpost.rl.plan import Plan
 from jaxpost.rl.rewards import Scored
 
 LEAST_LENGTH = 64  # tokens of a row
+GRAIN = 4  # keys of which XLA on CPU makes one sum
 NOTHING = Example(np.zeros(0, np.int32), np.zeros(0, bool))  # of a completion that is not read
 
 
@@ -74,10 +75,12 @@ def rows_of(
     members = np.array(rows)
     sampled = np.zeros(batch["tokens"].shape, np.float32)
     for row, (numbers, parts) in enumerate(zip(rows, examples, strict=True)):
-        ends = np.cumsum([len(part.tokens) for part in parts])
-        for end, number in zip(ends, numbers, strict=True):
-            logps = answers.completions[number].logps if read[number] else []
-            sampled[row, end - len(logps) - 1 : end - 1] = logps
+        begins = np.cumsum([0, *(len(part.tokens) for part in parts)])
+        for begin, number, part in zip(begins[:-1], numbers, parts, strict=True):
+            if read[number]:
+                first = begin + len(answers.prompt_ids[number]) - part.start - 1
+                logps = answers.completions[number].logps
+                sampled[row, first : first + len(logps)] = logps
     ended = np.array([completion.ended for completion in answers.completions], np.float32)
     trained = np.array([completion.num_own for completion in answers.completions], np.float32)
     return {
@@ -92,7 +95,12 @@ def rows_of(
 
 
 def _examples(answers: Answers, members: Sequence[int], read: Sequence[bool], branches: bool) -> list[Example]:
-    """The completions of a row with their prompts, or as branches of the last that is there with its whole prompt."""
+    """The completions of a row with their prompts, or as branches of the last that is there with its whole prompt.
+
+    Tokens stand as many places after a multiple of GRAIN as in their document. Their keys are then summed in the order
+    of the sampler, which makes what it says and what training says of a token the same to the bit, as far as products
+    and attention are.
+    """
     examples, trunk = [], np.zeros(0, np.int32)
     alike = Counter(answers.prompt_ids[number].tobytes() for number in members if read[number])  # still to come
     for number in members:
@@ -102,14 +110,24 @@ def _examples(answers: Answers, members: Sequence[int], read: Sequence[bool], br
             continue
         # A branch has the last token of its prompt, to predict the completion from.
         start = min(common_prefix(trunk, prompt), len(prompt) - 1) if branches else 0
+        begin = sum(len(example.tokens) for example in examples)
+        start = max(0, start - (start - begin) % GRAIN)
         left = alike[prompt.tobytes()]
-        if left * (len(prompt) - start) >= len(prompt) + left - 1:  # as many tokens as with a trunk of their own
+        # Without a branch, or where there are as many tokens with a trunk of their own.
+        if not start or left * (len(prompt) - start) >= len(prompt) + left - 1:
             start, trunk = 0, prompt
+            examples[-1:] = [_longer(example, -begin % GRAIN) for example in examples[-1:]]
         alike[prompt.tobytes()] -= 1
         tokens = np.concatenate([prompt[start:], completion.tokens]).astype(np.int32)
         context = np.zeros(len(prompt) - start, bool)
         examples.append(Example(tokens, np.concatenate([context, completion.is_own]), 0.0, start))
     return examples
+
+
+def _longer(example: Example, more: int) -> Example:
+    """With so many tokens after it that nobody reads."""
+    tokens, loss_mask = (np.pad(x, (0, more)) for x in (example.tokens, example.loss_mask))
+    return example._replace(tokens=tokens, loss_mask=loss_mask)
 
 
 def deal(lengths: Sequence[int], plan: Plan) -> list[list[int]]:

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from jaxpost import from_pretrained, save_pretrained
+from jaxpost.compilation import as_written
 from jaxpost.data.word_problems import generate as word_problems
 from jaxpost.models.checkpoint import open_checkpoint
+from jaxpost.models.config import Compute
+from jaxpost.objectives.logps import score_batch
 from jaxpost.rl.generate import generate
+from jaxpost.rl.rewards import Scored
+from jaxpost.rl.rows import Answers, rows_of
 from jaxpost.rl.sampling import Sampling
 
 torch = pytest.importorskip("torch")
@@ -79,3 +84,29 @@ def test_greedy_completions():
         assert logits[-1] - logits[-2] < 1e-3, (prompt, place)
     print(f"{same} of 32 completions of up to 64 tokens are the same")
     assert same > 24
+
+
+@pytest.mark.skipif(not GGUF.exists(), reason="run tools/quickstart.sh first")
+@pytest.mark.parametrize(("dtype", "mean", "most"), [("float32", 1e-6, 1e-5), ("bfloat16", 1e-2, np.inf)])
+def test_training_and_sampling_say_the_same_of_a_token(dtype, mean, most):
+    """8 completions each of 8 problems, 16 in a row, after prompts of which all tokens are read once."""
+    model, tokenizer = from_pretrained(GGUF), open_checkpoint(GGUF).tokenizer()
+    model.compute = Compute(dtype=dtype, branches=True)
+    chats = [row["prompt"] for row in word_problems(20)[:8]]
+    prompts = [
+        np.array(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)) for chat in chats
+    ]
+    count, ends = 8 * len(prompts), [tokenizer.eos_token_id]
+    options = {"max_new_tokens": 24, "eos_ids": ends, "num_return_sequences": 8, "batch_size": count}
+    completions = generate(model, prompts, **options)
+    scored = Scored(np.zeros((count, 1), np.float32), np.zeros((count, 1), bool), {}, {}, [""])
+    numbers = np.arange(count)
+    answers = Answers((numbers // 8).tolist(), [prompts[i // 8] for i in numbers], completions, [None] * count, scored)
+    rows = rows_of(answers, numbers.reshape(-1, 16).tolist(), [True] * count, group_size=8, branches=True)
+    batch = {name: rows[name] for name in ("tokens", "positions", "segments", "loss_mask")}
+    score = jax.jit(lambda model, batch: score_batch(model, batch)[:2], compiler_options=as_written())
+    scores, mask = score(model, batch)
+    difference = np.abs(np.asarray(scores.logps) - rows["sampled_logps"])[np.asarray(mask)]
+    print(f"{dtype}: rows of {batch['tokens'].shape}, mean {difference.mean():.1e}, at most {difference.max():.1e}")
+    assert len(difference) == sum(len(completion.tokens) for completion in completions)
+    assert difference.mean() < mean and difference.max() < most

@@ -7,7 +7,7 @@ from jaxpost.errors import ConfigError, RolloutError
 from jaxpost.rl.generate import Completion
 from jaxpost.rl.rewards import Scored
 from jaxpost.rl.rollout_func import Limits, Policy, called, rollout_function
-from jaxpost.rl.rows import Answers, rows_of
+from jaxpost.rl.rows import GRAIN, Answers, rows_of
 
 LIMITS = Limits(vocab_size=50, max_positions=12, eos_ids=[1])
 GOOD = {
@@ -97,6 +97,12 @@ def test_every_call_draws_other_numbers_and_a_resumed_run_the_same():
     assert seeds[:2] == seeds[2:4] and len(set(seeds)) == 4
 
 
+@pytest.fixture
+def dense(monkeypatch):
+    """Rows without room between completions."""
+    monkeypatch.setattr("jaxpost.rl.rows.GRAIN", 1)
+
+
 def laid_out(prompts, read=None):
     """Tokens, segments and positions of a row of completions [8] of these prompts."""
     count = len(prompts)
@@ -108,6 +114,7 @@ def laid_out(prompts, read=None):
     return [rows[name][0][real].tolist() for name in ("tokens", "segments", "positions")]
 
 
+@pytest.mark.usefixtures("dense")
 def test_prompts_that_begin_alike_are_read_once_to_there():
     tokens, segments, positions = laid_out([[1, 2, 3, 4], [1, 2, 5], [6, 2, 5], [6, 7]])
     assert tokens == [1, 2, 3, 4, 8, 5, 8, 6, 2, 5, 8, 7, 8]
@@ -115,15 +122,18 @@ def test_prompts_that_begin_alike_are_read_once_to_there():
     assert positions == [0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 3, 1, 2]
 
 
+@pytest.mark.usefixtures("dense")
 def test_a_group_has_its_own_prompt_where_that_is_fewer_tokens():
     assert laid_out([[1, 2, 3], [1, 4, 5, 6], [1, 4, 5, 6]])[0] == [1, 2, 3, 8, 1, 4, 5, 6, 8, 6, 8]
     assert laid_out([[1, 2, 3], [1, 2, 4], [1, 2, 4]])[0] == [1, 2, 3, 8, 4, 8, 4, 8]
 
 
+@pytest.mark.usefixtures("dense")
 def test_what_is_not_read_is_no_trunk():
     assert laid_out([[1, 2, 3], [1, 2, 3], [1, 2, 4]], read=[False, True, True])[0] == [1, 2, 3, 8, 4, 8]
 
 
+@pytest.mark.usefixtures("dense")
 @pytest.mark.parametrize("branches", [False, True])
 def test_what_the_policy_was_told_is_read_and_not_trained_on(branches):
     told = Completion([8, 9, 1], [-1.0, 0.0, -0.5], True, [True, False, True])
@@ -142,3 +152,37 @@ def test_what_the_policy_was_told_is_read_and_not_trained_on(branches):
     assert rows["tokens"][1, : len(second)].tolist() == second
     assert rows["num_trained"].tolist() == [[2, 1], [1, 1]]
     assert rows["sampled_logps"][0, 1] == -1.0 and rows["sampled_logps"][0, 3] == -0.5
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_tokens_stand_where_their_sums_are_those_of_the_sampler(branches):
+    rng = np.random.default_rng(0)
+    group, count = 4, 24
+    common = rng.integers(2, 50, 9)
+    prompts = [np.concatenate([common, rng.integers(2, 50, rng.integers(1, 9))]) for _ in range(count // group - 1)]
+    prompts = [prompt for prompt in [*prompts, rng.integers(2, 50, 2)] for _ in range(group)]
+    completions = [
+        Completion(rng.integers(2, 50, size).tolist(), rng.normal(size=size).astype(np.float32).tolist(), True)
+        for size in rng.integers(1, 9, count)
+    ]
+    scored = Scored(np.zeros((count, 1), np.float32), np.zeros((count, 1), bool), {}, {}, [""])
+    answers = Answers(list(range(count)), prompts, completions, [None] * count, scored)
+    read = (rng.random(count) < 0.8).tolist()
+    rows = rows_of(answers, [list(range(count))], read, group_size=group, branches=branches)
+    tokens, positions, segments = (rows[name][0] for name in ("tokens", "positions", "segments"))
+    index, trunk = np.arange(len(tokens)), []
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        at = index[segments == number + 1]
+        trained = at[rows["loss_mask"][0][at] > 0]
+        if not read[number]:
+            assert not len(trained)
+            continue
+        assert np.all((at - positions[at]) % GRAIN == 0)
+        start = positions[at[0]]
+        trunk = list(prompt) if not start else trunk
+        text = [*trunk[:start], *tokens[at]]
+        assert text[: len(prompt) + len(completion.tokens)] == [*prompt, *completion.tokens]
+        assert len(text) < len(prompt) + len(completion.tokens) + GRAIN
+        assert tokens[trained].tolist() == completion.tokens
+        assert rows["sampled_logps"][0][trained - 1].tolist() == completion.logps
+    assert np.any(positions[np.flatnonzero(np.diff(segments) > 0) + 1] > 0) == branches

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from jaxpost.errors import ConfigError
 from jaxpost.models.flash import flash
 from jaxpost.models.product import kept
-from jaxpost.models.softmax import exp, total
+from jaxpost.models.softmax import exp
 from jaxpost.models.splash import LEAST_LENGTH, splash
 from jaxpost.models.tiles import BLOCK, Columns, Span, padded, tiles_of
 from jaxpost.models.views import Places, Views, views_of
@@ -107,7 +107,7 @@ def _tiled_forward(
             scores, _ = tile_scores(tile_query, key, views, ours, theirs)
             weights = exp(scores - peak)
             part = _matmul("bkgts,bksd->bkgtd", weights.astype(value.dtype), _part(value, theirs))
-            return mass + total(weights), out + part
+            return mass + tiles.total(weights), out + part
 
         mass, out = columns(column, (jnp.zeros(statistic), jnp.zeros(tile_query.shape)))
         new = (out / mass).astype(query.dtype), peak + jnp.log(mass)

@@ -2,8 +2,8 @@
 
 On CPU keys are kept in blocks of slots, turned so that a block has its slots in its last dimension. Scores are then
 sums over the last but one, which XLA vectorises and reads from front to back: half the time of any product with keys
-that lie token by token. What is read, multiplied, rounded and in which order is as in `attention`, so that both give the
-same to the bit where all that a token sees stands within `tiles.WIDE` tokens of its row.
+that lie token by token. What is read, multiplied, rounded and in which order is as in `attention`, so that both give
+the same to the bit in rows whose tiles have all keys at once (`tiles`).
 """
 
 from collections.abc import Iterable
@@ -94,9 +94,8 @@ class Cache(NamedTuple):
             visible &= slots > length - window
         scores = jnp.where(visible[:, None, None], scores, NEGATIVE)
         weights = exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-        mass = total(weights)
         out = jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return (out / mass).astype(query.dtype).reshape(query.shape)
+        return (out / total(weights)).astype(query.dtype).reshape(query.shape)
 
 
 def laid_out(keys: Num[Array, "B K S d"]) -> Num[Array, "B K S d"] | Num[Array, "B K n d s"]:

@@ -2,7 +2,7 @@
 
 XLA on CPU takes `jnp.exp` and `jnp.sum` from one library or another, as it happens to fuse the operations around them,
 and these differ in the last place. A token then has other log-probabilities where it is sampled than where it is
-trained on. So on CPU the exponential is written out, and the sum is a product, summed as that with the values is.
+trained on. So on CPU the exponential is written out, and the total is a product, summed as that with the values is.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The tiles of scores that the plain attention goes through, a tile of queries after the other.
 
-On CPU a tile of queries has its keys at once wherever what it sees is near. That is faster than tile by tile, and each
-query's weights are then one sum, as they are where a token is decoded: both give the same to the bit.
+On CPU a tile of queries of a short row has all its keys at once. That is no slower than tile by tile, and each query's
+weights are then one sum, as they are where a token is decoded: both give the same to the bit.
 """
 
 from collections.abc import Callable
@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
+from jaxpost.models.softmax import total
 from jaxpost.models.views import Views, needed_tiles
 from jaxpost.platform import platform
 
 BLOCK = 128  # tokens of a tile
-WIDE = 512  # keys that XLA on CPU sums at once
+WIDE = 256  # tokens of rows on CPU up to which a tile has all keys at once
+ALONE = (
+    512  # the same of a row that is alone: scores of more rows leave the processor's cache; from here XLA sums twice
+)
 STEP = 64  # of the lengths of short rows there: a product of fewer than 48 columns is summed in another order
 
 
@@ -47,47 +51,46 @@ class Short(NamedTuple):
             carry = row(ours, _at_once(Span(0, begin + ours.size)), carry)
         return carry
 
+    def total(self, weights: Array) -> Array:
+        """The sum of a tile's weights over its keys, as it is where a token is decoded."""
+        return total(weights)
+
 
 class Long(NamedTuple):
-    """Of longer rows: tiles of keys one after the other, where not all that is needed is near.
+    """Of longer rows: tiles of keys one after the other; those that are not needed are skipped at run time.
 
     Attributes:
         numbers: [tiles, tiles] for each tile of queries those of keys; first those that are needed, in order.
         counts: [tiles] how many these are.
-        near: [tiles] whether all that is needed is among the WIDE last keys; None where that makes no difference.
     """
 
     numbers: Int[Array, "tiles tiles"]
     counts: Int[Array, "tiles"]
-    near: Bool[Array, "tiles"] | None
 
     def rows(self, row: Row, carry: Any) -> Any:
         """Go through the tiles of queries."""
 
         def tile(index: Array, carry: Any) -> Any:
-            ours = _tile(index)
-
             def loop(step: Step, carry: Any) -> Any:
                 one = lambda number, carry: step(_tile(self.numbers[index, number]), carry)  # noqa: E731
                 return lax.fori_loop(0, self.counts[index], one, carry)
 
-            if self.near is None:
-                return row(ours, loop, carry)
-            last = _at_once(Span(jnp.maximum(0, ours.begin + BLOCK - WIDE), WIDE))
-            return lax.cond(self.near[index], lambda x: row(ours, last, x), lambda x: row(ours, loop, x), carry)
+            return row(_tile(index), loop, carry)
 
         return lax.fori_loop(0, len(self.counts), tile, carry)
+
+    def total(self, weights: Array) -> Array:
+        """The sum of a tile's weights over its keys; those of all tiles are added up in another order anyway."""
+        return jnp.sum(weights, axis=-1, keepdims=True)
 
 
 def tiles_of(views: Views, window: Int[Array, ""] | None) -> Short | Long:
     """Those of rows of a length that is `padded`."""
-    length, is_cpu = views.positions.shape[1], platform() == "cpu"
-    if length <= (WIDE if is_cpu else BLOCK):
+    rows, length = views.positions.shape
+    if length <= (BLOCK if platform() != "cpu" else WIDE if rows > 1 else ALONE):
         return Short(length)
     needed = jnp.any(needed_tiles(views, window, BLOCK), axis=0)  # by any row
-    numbers = jnp.argsort(~needed, axis=1, stable=True)
-    near = numbers[:, 0] * BLOCK + WIDE >= (jnp.arange(len(numbers)) + 1) * BLOCK if is_cpu else None
-    return Long(numbers, jnp.sum(needed, axis=1), near)
+    return Long(jnp.argsort(~needed, axis=1, stable=True), jnp.sum(needed, axis=1))
 
 
 def padded(length: int) -> int:

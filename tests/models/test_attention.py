@@ -13,11 +13,11 @@ from jaxpost.models.views import Places
 LENGTHS = [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 44]
 
 
-@pytest.fixture(params=["short", "near", "far"])
-def keys(request, monkeypatch):
-    """Rows whose tiles have all keys at once, those near, or one tile of keys after the other."""
-    if request.param != "short":
-        monkeypatch.setattr("jaxpost.models.tiles.WIDE", {"near": 2 * BLOCK, "far": BLOCK}[request.param])
+@pytest.fixture(params=["short", "long"])
+def rows(request, monkeypatch):
+    """Rows whose tiles have all keys at once, or one tile of keys after the other."""
+    for name in ("WIDE", "ALONE"):
+        monkeypatch.setattr(f"jaxpost.models.tiles.{name}", 8 * BLOCK if request.param == "short" else BLOCK)
 
 
 def inputs(length, documents, rows=2, heads=6, kv_heads=3, dim=8):
@@ -45,7 +45,7 @@ def written_out(query, key, value, places, scale, window=None, softcap=None):
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), value)
 
 
-@pytest.mark.usefixtures("keys")
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(
     ("documents", "window", "softcap"), [(1, None, None), (5, None, None), (2, 5, 0.7), (1, BLOCK + 3, None)]
@@ -79,7 +79,7 @@ def branching(trunk, branches):
     return Places(jnp.asarray([positions]), jnp.asarray([segments])), texts
 
 
-@pytest.mark.usefixtures("keys")
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("window", [None, 9, BLOCK + 9])
 @pytest.mark.parametrize(
     ("trunk", "branches"),
@@ -106,7 +106,7 @@ def test_a_branch_sees_what_its_text_written_out_would(trunk, branches, window):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.usefixtures("keys")
+@pytest.mark.usefixtures("rows")
 def test_documents_have_exactly_no_influence_on_each_other():
     arrays, places = inputs(2 * BLOCK, 4, rows=1)
     chosen = (places.segments == 2)[..., None, None]
@@ -117,7 +117,7 @@ def test_documents_have_exactly_no_influence_on_each_other():
 
 
 def test_tiles_beyond_the_window_are_not_even_read(monkeypatch):
-    monkeypatch.setattr("jaxpost.models.tiles.WIDE", BLOCK)
+    monkeypatch.setattr("jaxpost.models.tiles.ALONE", BLOCK)
     (query, key, value), _ = inputs(3 * BLOCK, 1, rows=1)
     order = jnp.arange(3 * BLOCK)
     places = Places(order[None], jnp.ones((1, 3 * BLOCK), jnp.int32))

@@ -17,9 +17,7 @@ from jaxpost.platform import platform
 
 BLOCK = 128  # tokens of a tile
 WIDE = 256  # tokens of rows on CPU up to which a tile has all keys at once
-ALONE = (
-    512  # the same of a row that is alone: scores of more rows leave the processor's cache; from here XLA sums twice
-)
+ALONE = 512  # the same of a row that is alone; more keys XLA sums in two parts
 STEP = 64  # of the lengths of short rows there: a product of fewer than 48 columns is summed in another order
 
 

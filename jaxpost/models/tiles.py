@@ -1,7 +1,7 @@
 """The tiles of scores that the plain attention goes through, a tile of queries after the other.
 
-On CPU a tile of queries of a short row has all its keys at once. That is no slower than tile by tile, and each query's
-weights are then one sum, as they are where a token is decoded: both give the same to the bit.
+On CPU a tile of queries of a short row has all its keys at once. Each query's weights are then one sum, as they are
+where a token is decoded: both give the same to the bit.
 """
 
 from collections.abc import Callable

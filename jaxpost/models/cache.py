@@ -61,8 +61,9 @@ class Cache(NamedTuple):
         """The same with one more token a row in a layer; `lengths` stays until all layers have it."""
         rows, heads, slots = jnp.arange(len(key))[:, None], jnp.arange(key.shape[1]), self.lengths[:, None]
         keys, values = self.keys[layer], self.values[layer]
-        at = (slots // BLOCK, slice(None), slots % BLOCK) if keys.ndim == 5 else (slots,)
-        key = _as_summed(key) if keys.ndim == 5 else key
+        at: tuple = (slots,)
+        if keys.ndim == 5:
+            key, at = _as_summed(key), (slots // BLOCK, slice(None), slots % BLOCK)
         keys, values = keys.at[rows, heads, *at].set(_bits(key)), values.at[rows, heads, slots].set(_bits(value))
         return self._replace(keys=_with(self.keys, layer, keys), values=_with(self.values, layer, values))
 

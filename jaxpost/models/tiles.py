@@ -28,8 +28,8 @@ class Span(NamedTuple):
     size: int
 
 
-Step = Callable[[Span, Any], Any]  # (keys, carry) -> carry
-Columns = Callable[[Step, Any], Any]  # takes the step through the keys that a tile of queries needs
+Column = Callable[[Span, Any], Any]  # (keys, carry) -> carry
+Columns = Callable[[Column, Any], Any]  # goes through the keys that a tile of queries needs
 Row = Callable[[Span, Columns, Any], Any]  # (queries, columns, carry) -> carry
 
 
@@ -69,8 +69,8 @@ class Long(NamedTuple):
         """Go through the tiles of queries."""
 
         def tile(index: Array, carry: Any) -> Any:
-            def loop(step: Step, carry: Any) -> Any:
-                one = lambda number, carry: step(_tile(self.numbers[index, number]), carry)  # noqa: E731
+            def loop(column: Column, carry: Any) -> Any:
+                one = lambda number, carry: column(_tile(self.numbers[index, number]), carry)  # noqa: E731
                 return lax.fori_loop(0, self.counts[index], one, carry)
 
             return row(_tile(index), loop, carry)
@@ -99,7 +99,7 @@ def padded(length: int) -> int:
 
 
 def _at_once(keys: Span) -> Columns:
-    return lambda step, carry: step(keys, carry)
+    return lambda column, carry: column(keys, carry)
 
 
 def _tile(index: Int[Array, ""]) -> Span:

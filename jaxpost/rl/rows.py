@@ -13,7 +13,7 @@ from jaxpost.rl.plan import Plan
 from jaxpost.rl.rewards import Scored
 
 LEAST_LENGTH = 64  # tokens of a row
-GRAIN = 4  # keys of which XLA on CPU makes one sum
+GRAIN = 4  # sums that XLA on CPU adds keys up in, by their place in the row
 NOTHING = Example(np.zeros(0, np.int32), np.zeros(0, bool))  # of a completion that is not read
 
 
@@ -116,7 +116,8 @@ def _examples(answers: Answers, members: Sequence[int], read: Sequence[bool], br
         # Without a branch, or where there are as many tokens with a trunk of their own.
         if not start or left * (len(prompt) - start) >= len(prompt) + left - 1:
             start, trunk = 0, prompt
-            examples[-1:] = [_longer(example, -begin % GRAIN) for example in examples[-1:]]
+            if gap := -begin % GRAIN:
+                examples[-1] = _longer(examples[-1], gap)
         alike[prompt.tobytes()] -= 1
         tokens = np.concatenate([prompt[start:], completion.tokens]).astype(np.int32)
         context = np.zeros(len(prompt) - start, bool)

@@ -37,6 +37,13 @@ def token_by_token(query, key, value, start, room, **options):
     return jnp.stack(out, axis=1)
 
 
+def as_run(row, start, room):
+    """The outputs of the tokens from `start` on, of the whole row and token by token, compiled as in a run."""
+    full = jax.jit(lambda row: whole(*row, scale=0.3)[:, start:], compiler_options=as_written())(row)
+    each = jax.jit(lambda row: token_by_token(*row, start, room, scale=0.3), compiler_options=as_written())(row)
+    return np.asarray(full), np.asarray(each)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, 0.7)])
 def test_every_token_is_as_in_the_whole_row(window, softcap, platform, monkeypatch):
@@ -78,15 +85,10 @@ def test_growing_changes_nothing_but_the_room(dtype, platform, monkeypatch):
 @pytest.mark.slow  # holds on processors that multiply bfloat16 natively, in pairs
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_on_cpu_a_token_is_the_same_to_the_bit(dtype):
-    row = arrays(150, dtype, rows=24, dim=64)
-    full = jax.jit(lambda row: whole(*row, scale=0.3)[:, 120:], compiler_options=as_written())(row)
-    each = jax.jit(lambda row: token_by_token(*row, 120, 192, scale=0.3), compiler_options=as_written())(row)
-    np.testing.assert_array_equal(np.asarray(full), np.asarray(each))
+    np.testing.assert_array_equal(*as_run(arrays(150, dtype, rows=24, dim=64), 120, 192))
 
 
 def test_bfloat16_is_rounded_where_the_attention_of_rows_rounds_it():
-    row = arrays(40, jnp.bfloat16)
-    full = jax.jit(lambda row: whole(*row, scale=0.3)[:, 8:], compiler_options=as_written())(row)
-    each = jax.jit(lambda row: token_by_token(*row, 8, 40, scale=0.3), compiler_options=as_written())(row)
+    full, each = as_run(arrays(40, jnp.bfloat16), 8, 40)
     # Sums in float32 may differ in their last places, and seldom enough to be rounded to the next number.
-    assert np.mean(np.asarray(full) != np.asarray(each)) < 0.01
+    assert np.mean(full != each) < 0.01

@@ -103,12 +103,17 @@ def dense(monkeypatch):
     monkeypatch.setattr("jaxpost.rl.rows.GRAIN", 1)
 
 
+def answered(numbers, prompts, completions):
+    """Completions of prompts of these numbers, all rewarded with 0."""
+    count = len(prompts)
+    scored = Scored(np.zeros((count, 1), np.float32), np.zeros((count, 1), bool), {}, {}, [""])
+    return Answers(numbers, [np.array(prompt) for prompt in prompts], completions, [None] * count, scored)
+
+
 def laid_out(prompts, read=None):
     """Tokens, segments and positions of a row of completions [8] of these prompts."""
     count = len(prompts)
-    scored = Scored(np.zeros((count, 1), np.float32), np.zeros((count, 1), bool), {}, {}, [""])
-    completions = [Completion([8], [-1.0], False)] * count
-    answers = Answers([0] * count, [np.array(prompt) for prompt in prompts], completions, [None] * count, scored)
+    answers = answered([0] * count, prompts, [Completion([8], [-1.0], False)] * count)
     rows = rows_of(answers, [list(range(count))], read or [True] * count, group_size=1, branches=True)
     real = rows["segments"][0] > 0
     return [rows[name][0][real].tolist() for name in ("tokens", "segments", "positions")]
@@ -138,9 +143,7 @@ def test_what_is_not_read_is_no_trunk():
 def test_what_the_policy_was_told_is_read_and_not_trained_on(branches):
     told = Completion([8, 9, 1], [-1.0, 0.0, -0.5], True, [True, False, True])
     plain = Completion([8], [-1.0], False)
-    prompts = [np.array([5, 6]), np.array([5, 6]), np.array([5, 6]), np.array([5, 6, 7])]
-    scored = Scored(np.zeros((4, 1), np.float32), np.zeros((4, 1), bool), {}, {}, [""])
-    answers = Answers([0, 0, 1, 1], prompts, [told, plain, plain, plain], [None] * 4, scored)
+    answers = answered([0, 0, 1, 1], [[5, 6], [5, 6], [5, 6], [5, 6, 7]], [told, plain, plain, plain])
     rows = rows_of(answers, [[0, 1], [2, 3]], [True] * 4, group_size=2, branches=branches)
     starts = (2 if not branches else 1, 3)  # a branch begins with the last token of its prompt
     first = [5, 6, 8, 9, 1, *([6] if branches else [5, 6]), 8]
@@ -165,14 +168,13 @@ def test_tokens_stand_where_their_sums_are_those_of_the_sampler(branches):
         Completion(rng.integers(2, 50, size).tolist(), rng.normal(size=size).astype(np.float32).tolist(), True)
         for size in rng.integers(1, 9, count)
     ]
-    scored = Scored(np.zeros((count, 1), np.float32), np.zeros((count, 1), bool), {}, {}, [""])
-    answers = Answers(list(range(count)), prompts, completions, [None] * count, scored)
+    answers = answered(list(range(count)), prompts, completions)
     read = (rng.random(count) < 0.8).tolist()
     rows = rows_of(answers, [list(range(count))], read, group_size=group, branches=branches)
     tokens, positions, segments = (rows[name][0] for name in ("tokens", "positions", "segments"))
-    index, trunk = np.arange(len(tokens)), []
+    trunk = []
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        at = index[segments == number + 1]
+        at = np.flatnonzero(segments == number + 1)
         trained = at[rows["loss_mask"][0][at] > 0]
         if not read[number]:
             assert not len(trained)

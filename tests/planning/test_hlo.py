@@ -113,7 +113,7 @@ def test_loop_that_may_end_early_counts_in_full():
 
 def test_tiled_attention_counts_every_tile():
     """Its inner loop's bound is data, and it looks the tiles up in a [tiles, tiles] table: one row, not all, a trip."""
-    length, heads, dim = 512, 2, 16
+    length, heads, dim = 1024, 2, 16
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     rows = array(1, length, heads, dim)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import compared, in_turn, store
+from measure import Comparison, in_turn, store
 from train import GROUP, WARM, as_folder
 
 RATE = 1e-6
@@ -209,7 +209,8 @@ def compare(args: argparse.Namespace) -> None:
             runs[name].append(run)
             print(f"{name:8} {amount / run['seconds']:7.2f} {what}/s, {run}", flush=True)
     speeds = {name: [amount / run["seconds"] for run in each] for name, each in runs.items()}
-    store(args.output, title(args), compared(speeds, f"{what}/s"), {"runs": runs})
+    found = Comparison(speeds, f"{what}/s")
+    store(args.output, title(args), str(found), {"runs": runs, "ratios": found.ratios})
 
 
 def title(args: argparse.Namespace) -> str:

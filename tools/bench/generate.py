@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from limits import Kernel, Library, Torch, Xla
-from measure import compared, in_turn, rate, store
+from measure import Comparison, in_turn, rate, store
 from train import as_folder
 
 ROWS = 64  # of the matrix that is multiplied with kernels while decoding
@@ -281,8 +281,9 @@ def main() -> None:
         f"Sampling with {Path(args.model).stem}, {len(requests['limits']) * args.num_return_sequences} completions of "
     )
     what += f"{args.shortest} to {args.longest} tokens, batch {args.batch_size}, float32"
-    figure = f"{compared(speeds, 'tokens/s')}; {told['possible']['jaxpost']:.0%} of what the machine could do"
-    store(args.output, what, figure, {"runs": results} | told)
+    found = Comparison(speeds, "tokens/s")
+    figure = f"{found}; {told['possible']['jaxpost']:.0%} of what the machine could do"
+    store(args.output, what, figure, {"runs": results, "ratios": found.ratios} | told)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TRIES, CALLS = 5, 4  # the best of so many, each of so many calls
 
@@ -59,25 +59,43 @@ def in_turn(
             yield name, said(command, (pythons or {}).get(name, sys.executable), **options)
 
 
-def compared(values: Mapping[str, Sequence[float]], unit: str, *, less_is_better: bool = False) -> str:
-    """Medians with their spread, and how much better the first side is than each other one.
+class Comparison(NamedTuple):
+    """What sides reach, ours first.
 
-    Args:
+    Attributes:
         values: of each side, of its runs.
         unit: of them.
         less_is_better: seconds, not speeds.
     """
-    medians = {name: statistics.median(each) for name, each in values.items()}
 
-    def told(name: str) -> str:
-        low, high = min(values[name]), max(values[name])
-        return f"{name} {medians[name]:.4g}" + (f" ({low:.4g} to {high:.4g})" if len(values[name]) > 1 else "")
+    values: Mapping[str, Sequence[float]]
+    unit: str
+    less_is_better: bool = False
 
-    first, *others = values
-    ratios = {name: medians[first] / medians[name] for name in others}
-    better = {name: 1 / ratio if less_is_better else ratio for name, ratio in ratios.items()}
-    said = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in better.items())
-    return ", ".join(map(told, values)) + f" {unit}" + (f": {said}" if said else "")
+    @property
+    def medians(self) -> dict[str, float]:
+        """Of each side."""
+        return {name: statistics.median(each) for name, each in self.values.items()}
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """How many times better the first side is than each other one."""
+        (_, ours), *others = self.medians.items()
+        return {name: theirs / ours if self.less_is_better else ours / theirs for name, theirs in others}
+
+    def __str__(self) -> str:
+        """Medians with their spread, and the ratios."""
+
+        def told(name: str, median: float) -> str:
+            low, high = min(self.values[name]), max(self.values[name])
+            return f"{name} {median:.4g}" + (f" ({low:.4g} to {high:.4g})" if len(self.values[name]) > 1 else "")
+
+        ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in self.ratios.items())
+        return (
+            ", ".join(told(*side) for side in self.medians.items())
+            + f" {self.unit}"
+            + (f": {ratios}" if ratios else "")
+        )
 
 
 def store(output: str | None, what: str, figure: str, found: Mapping[str, Any]) -> None:

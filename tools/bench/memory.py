@@ -74,7 +74,8 @@ def main() -> None:
     total = sum(ours.values())
     what = f"Memory of a GPU, SFT of {Path(args.model).name}, {args.rows} x {args.length} tokens each, 8 GPUs"
     figure = f"jaxpost {total / 1e9:.1f} GB, TRL with ZeRO-3 {theirs / 1e9:.1f} GB: {1 - total / theirs:.0%} less"
-    store(args.output, what, figure, {"jaxpost": ours, "trl": {"activations": activations, "total": theirs}})
+    found = {"jaxpost": ours, "trl": {"activations": activations, "total": theirs}}
+    store(args.output, what, figure, {**found, "ratios": {"trl": theirs / total}})
 
 
 if __name__ == "__main__":

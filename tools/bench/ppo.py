@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import compared, in_turn, store
+from measure import Comparison, in_turn, store
 from train import as_folder
 
 TRL = "trl==1.10.0"
@@ -172,7 +172,8 @@ def main() -> None:
             print(f"{name:8} " + " ".join(f"{seconds:.1f}" for seconds in run) + " s a generation", flush=True)
     seconds = {name: [x for run in runs for x in run[1:]] for name, runs in results.items()}
     what = f"PPO of {Path(args.model).stem}, a generation of {args.batch_size} completions, {args.epochs} epochs"
-    store(args.output, what, compared(seconds, "s", less_is_better=True), {"runs": results})
+    found = Comparison(seconds, "s", less_is_better=True)
+    store(args.output, what, str(found), {"runs": results, "ratios": found.ratios})
 
 
 if __name__ == "__main__":

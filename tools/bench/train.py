@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import compared, in_turn, store
+from measure import Comparison, in_turn, store
 
 WARM = 2  # steps that are not counted: compilation, allocator
 GROUP = 8  # completions of a prompt
@@ -238,12 +238,14 @@ def main() -> None:
             results[name].append(run)
             print(line(name, run), flush=True)
     speeds = {name: [run["rows_per_second"] for run in runs] for name, runs in results.items()}
-    figure = compared(speeds, "completions/s" if args.method == "grpo" else "rows/s")
+    found = Comparison(speeds, "completions/s" if args.method == "grpo" else "rows/s")
+    figure = str(found)
     if args.lora:
         part, whole = (results[name][0]["trained_megabytes"] for name in ("jaxpost", "full"))
         figure += f"; trained, with gradients and moments, {part:.1f} MB of {whole:.1f} MB ({part / whole:.1%})"
     tokens = {name: [run["tokens_per_second"] for run in runs] for name, runs in results.items()}
-    store(args.output, title(args), f"{figure}; {compared(tokens, 'tokens/s')}", {"runs": results})
+    figure += f"; {Comparison(tokens, 'tokens/s')}"
+    store(args.output, title(args), figure, {"runs": results, "ratios": found.ratios})
 
 
 def title(args: argparse.Namespace) -> str:

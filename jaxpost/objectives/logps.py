@@ -4,15 +4,17 @@ Hidden states are scored in chunks along T. The scored positions of each row are
 that hold none (prompts, padding) cost nothing.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxpost.objectives.base import Batch, Model
-from jaxpost.objectives.vocabulary import Scoring, TokenScores, in_pieces, score_chunks
+from jaxpost.objectives.vocabulary import Scoring, TokenLoss, TokenScores, in_pieces, score_chunks, sum_losses
 from jaxpost.platform import platform
 from jaxpost.sharding import constrain, token_groups
 
@@ -43,6 +45,29 @@ def score_batch(model: Model, batch: Batch, **options: Any) -> tuple[TokenScores
     return score_tokens(model, h, targets, mask, **options), mask, balance
 
 
+def sum_batch(
+    model: Model, batch: Batch, token_loss: TokenLoss
+) -> tuple[Float[Array, ""], TokenScores, Bool[Array, "B T"], Float[Array, ""]]:
+    """As `score_batch`, for a loss that is a sum over the trained tokens.
+
+    Args:
+        model: a language model.
+        batch: tokens, positions, segments, loss_mask.
+        token_loss: of log-probabilities, each from itself alone.
+
+    Returns:
+        (sum of the losses, scores without a gradient, mask of the trained tokens, load-balancing loss of the routers).
+    """
+    targets, mask = next_tokens(batch)
+    h, balance = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+    scoring, inputs, in_place = _read(model, h, targets, mask)
+    if scoring.pieces == 1:
+        summed: Any = sum_losses(scoring, token_loss, *inputs)
+        return summed[0], in_place(summed[1]), mask, balance
+    scores = in_place(score_chunks(scoring, *inputs))
+    return jnp.sum(jnp.where(mask, token_loss(scores.logps), 0.0)), lax.stop_gradient(scores), mask, balance
+
+
 def score_tokens(
     model: Model,
     h: Float[Array, "B T D"],
@@ -66,6 +91,15 @@ def score_tokens(
         details: also give what most methods do not look at, `mean_logit` and `collision`.
         chunk: positions of each row scored at a time; by default what CHUNK_BYTES holds.
     """
+    options = {"temperature": temperature, "entropy_gradient": entropy_gradient, "details": details}
+    scoring, inputs, in_place = _read(model, h, targets, mask, chunk, **options)
+    return in_place(score_chunks(scoring, *inputs))
+
+
+def _read(
+    model: Model, h: Array, targets: Array, mask: Array, chunk: int | None = None, **options: Any
+) -> tuple[Scoring, tuple[list[Array], Array, Array, Array], Callable[[TokenScores], TokenScores]]:
+    """How tokens are scored, the arrays for it with the scored positions of each row first, and the way back."""
     rows, whole, _ = h.shape
     parts = _slices(whole)
     h, targets, mask = (_sliced(x, parts) for x in (h, targets, mask))
@@ -73,7 +107,7 @@ def score_tokens(
     width = jax.eval_shape(model.unembed, h[:, :1]).shape[-1]
     weights, tree = jax.tree.flatten(model.unembedding())
     size = min(length, chunk or _chunk_positions(batch, width))
-    scoring = in_pieces(Scoring(tree, temperature, entropy_gradient, details, size, width), h)
+    scoring = in_pieces(Scoring(tree, **options, size=size, width=width), h)
     room = -length % scoring.span(length)
     h = jnp.pad(h, [(0, 0), (0, room), (0, 0)])
     targets, mask = (jnp.pad(x, [(0, 0), (0, room)]) for x in (targets, mask))
@@ -81,13 +115,12 @@ def score_tokens(
     h = constrain(jnp.take_along_axis(h, order[:, :, None], axis=1), "tokens", None, None)
     counts = jnp.sum(mask, axis=1)
     targets = jnp.take_along_axis(targets, order, axis=1)
-    scores = score_chunks(scoring, weights, h, targets, counts)
     back = jnp.argsort(order, axis=1)
 
     def in_place(x: Array) -> Array:
         return jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)[:, :length].reshape(rows, -1)[:, :whole]
 
-    return jax.tree.map(in_place, scores)
+    return scoring, (weights, h, targets, counts), partial(jax.tree.map, in_place)
 
 
 def _slices(length: int) -> int:

@@ -8,6 +8,7 @@ arXiv:2508.05629, equation 9.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -15,13 +16,13 @@ from jaxtyping import Float
 
 from jaxpost.metrics import Mean, masked_mean
 from jaxpost.objectives.base import Batch, Model, ObjectiveBase
-from jaxpost.objectives.logps import score_batch
+from jaxpost.objectives.logps import sum_batch
 from jaxpost.options import check_choices, option
 
 LOSS_TYPES = ("nll", "dft")
 
 
-def token_losses(logps: Float[Array, "B T"], loss_type: str) -> Float[Array, "B T"]:
+def token_losses(logps: Float[Array, "*shape"], loss_type: str) -> Float[Array, "*shape"]:
     """Loss of each token from its log-probability, before masking."""
     if loss_type == "dft":
         return -lax.stop_gradient(jnp.exp(logps)) * logps
@@ -47,8 +48,8 @@ class SFT(ObjectiveBase):
         return batch
 
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        scores, mask, balance = score_batch(model, batch)
-        loss, routing = self.with_balance(masked_mean(token_losses(scores.logps, self.loss_type), mask), balance)
+        total, scores, mask, balance = sum_batch(model, batch, partial(token_losses, loss_type=self.loss_type))
+        loss, routing = self.with_balance(Mean(total, jnp.sum(mask.astype(jnp.float32))), balance)
         metrics = {
             "entropy": masked_mean(scores.entropy, mask),
             "mean_token_accuracy": masked_mean(scores.top, mask),

@@ -2,7 +2,8 @@
 
 The backward pass computes the logits again, as in Wijmans et al., 2024, "Cut Your Losses in Large-Vocabulary Language
 Models", arXiv:2411.09009. Where the head is frozen it need not do so: the gradient of a token's log-probability is one
-vector, which the forward pass keeps while it has the logits.
+vector, which the forward pass finds while it has the logits. Nor where a loss is a sum of what each log-probability
+alone decides: the forward pass then finds all gradients (Hsu et al., 2024, "Liger Kernel", arXiv:2410.10989).
 
 A head that is trained, and of which each device has a slice, is gathered a piece of the vocabulary at a time, and its
 gradient given back to the slices likewise: neither is ever whole on a device.
@@ -23,6 +24,7 @@ from jaxtyping import Float, Int
 from jaxpost.objectives.tally import Tally, TokenScores, slopes
 from jaxpost.sharding import TOKEN_AXES, by_rows, mesh_axes, token_groups
 
+TokenLoss = Callable[[Array], Array]  # of log-probabilities, each from itself alone
 PIECE_BYTES = 128 * 2**20  # of the float32 gradient of a piece of the head
 
 
@@ -31,20 +33,20 @@ class Scoring(NamedTuple):
 
     Attributes:
         unembedding: the structure of `Model.unembedding`, without its arrays.
+        size: positions of a row whose logits are all there at a time; h has a multiple of `span` of them.
+        width: of the vocabulary.
         temperature: divides the logits.
         entropy_gradient: whether gradients flow through the entropy.
         details: whether `mean_logit` and `collision` are found.
-        size: positions of a row whose logits are all there at a time; h has a multiple of `span` of them.
-        width: of the vocabulary.
         pieces: of the vocabulary. Of several, `unembedding` has one array, which is split over token axes alone.
     """
 
     unembedding: Any
-    temperature: float
-    entropy_gradient: bool
-    details: bool
     size: int
     width: int
+    temperature: float = 1.0
+    entropy_gradient: bool = False
+    details: bool = False
     pieces: int = 1
 
     def logits(self, weights: list[Array], h: Float[Array, "B C D"]) -> Float[Array, "N V"]:
@@ -95,8 +97,8 @@ def _forward(scoring: Scoring, weights: list[Any], h: Any, targets: Any, counts:
     if any(weight.perturbed for weight in weights) or scoring.entropy_gradient:
         tally = _tally(scoring, *inputs)
         return scoring.said(tally), _Saved(inputs=inputs, known=(tally.normalizer, tally.entropy))
-    # The slopes are found while all logits of a token are there.
-    tally, found = _tally_with_slopes(scoring._replace(pieces=1), *inputs)
+    # Of a "loss" that is the log-probability itself.
+    _, (tally, found) = _tally_with_gradients(scoring._replace(pieces=1), jnp.positive, False, *inputs)
     return scoring.said(tally), _Saved(slopes=found)
 
 
@@ -122,26 +124,45 @@ def _tally(scoring: Scoring, weights: list[Array], h: Array, targets: Array, cou
     return _on_devices(scoring, run, weights, h, targets, counts)
 
 
-def _tally_with_slopes(
-    scoring: Scoring, weights: list[Array], h: Array, targets: Array, counts: Array
-) -> tuple[Tally, Float[Array, "B T D"]]:
-    """And the gradient of each token's log-probability with respect to its hidden state."""
+def _tally_with_gradients(
+    scoring: Scoring,
+    token_loss: TokenLoss,
+    is_trained: bool,
+    weights: list[Array],
+    h: Array,
+    targets: Array,
+    counts: Array,
+) -> tuple[list[list[Array | None]], tuple[Tally, Float[Array, "B T D"]]]:
+    """And the gradients of the tokens' losses, found while all logits of a token are there.
 
-    def run(weights: list[Array], h: Array, targets: Array, counts: Array) -> tuple[Tally, Array]:
-        def of_chunk(index: Array, carry: tuple[Tally, Array]) -> tuple[Tally, Array]:
-            at = partial(_window, index=index, size=scoring.size)
+    Returns:
+        (with respect to the weights, none if they are not trained; (tally, with respect to the hidden states)).
+    """
+    dtypes, size = [weight.dtype for weight in weights], scoring.size
+
+    def run(weights: list[Array], h: Array, targets: Array, counts: Array) -> tuple[list, tuple[Tally, Array]]:
+        scored = _scored(h, counts)
+
+        def of_chunk(index: Array, carry: tuple[list, tuple[Tally, Array]]) -> tuple[list, tuple[Tally, Array]]:
+            of_weights, found = carry
+            at = partial(_window, index=index, size=size)
             places = scoring.places(at(targets), 0)
-            logits, pull = jax.vjp(partial(scoring.logits, weights), at(h))
+            read, head = (scoring.logits, [weights]) if is_trained else (partial(scoring.logits, weights), [])
+            logits, pull = jax.vjp(read, *head, at(h))
             seen = Tally.of(logits, places, details=scoring.details)
-            known = _columns((seen.normalizer, seen.entropy, jnp.ones_like(seen.peak), None))
-            (new,) = pull(slopes(logits, places, *known))
-            found = jax.tree.map(lambda x: x.reshape(len(h), -1), seen), new
-            return jax.tree.map(partial(_put_window, index=index, size=scoring.size), carry, found)
+            of_logps = jax.grad(lambda logps: jnp.sum(token_loss(logps)))(scoring.said(seen).logps)
+            of_logps = jnp.where(at(scored).reshape(-1), of_logps, 0.0)
+            known = _columns((seen.normalizer, seen.entropy, of_logps, None))
+            *of_head, new_h = pull(slopes(logits, places, *known))
+            new = jax.tree.map(lambda x: x.reshape(len(h), -1), seen), new_h
+            found = jax.tree.map(partial(_put_window, index=index, size=size), found, new)
+            return [_added(*pair) for pair in zip(of_weights, of_head, strict=True)], found
 
+        start = [[*map(_zeros, weights, dtypes)]] if is_trained else []
         nothing = Tally.nothing(targets.shape), jnp.zeros_like(h)
-        return lax.fori_loop(0, _chunks(counts, scoring.size), of_chunk, nothing)
+        return lax.fori_loop(0, _chunks(counts, size), of_chunk, (start, nothing))
 
-    return _on_devices(scoring, run, weights, h, targets, counts)
+    return _on_devices(scoring, run, weights, h, targets, counts, sums=True)
 
 
 def _backward(scoring: Scoring, saved: _Saved, cotangents: TokenScores) -> tuple:
@@ -164,9 +185,7 @@ def _backward(scoring: Scoring, saved: _Saved, cotangents: TokenScores) -> tuple
                 logits, pull = jax.vjp(scoring.logits, part, at(h))
                 places = scoring.places(at(targets), piece)
                 new_part, new_h = pull(slopes(logits, places, *_columns(jax.tree.map(at, known))))
-                pairs = zip(of_part, new_part, strict=True)
-                added = [None if total is None else total + new.astype(total.dtype) for total, new in pairs]
-                return added, _put_window(of_h, at(of_h) + new_h, index, size)
+                return _added(of_part, new_part), _put_window(of_h, at(of_h) + new_h, index, size)
 
             nothing = [*map(_zeros, part, dtypes)]
             of_part, of_h = lax.fori_loop(0, _chunks(counts, size), of_chunk, (nothing, gradients[1]))
@@ -182,6 +201,54 @@ def _backward(scoring: Scoring, saved: _Saved, cotangents: TokenScores) -> tuple
 
 
 score_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sum_losses(
+    scoring: Scoring, token_loss: TokenLoss, weights: list[Array], h: Array, targets: Array, counts: Array
+) -> tuple[Float[Array, ""], TokenScores]:
+    """The sum of the losses of the first `counts` [B] positions of each row, and their scores, without a gradient.
+
+    Of a vocabulary in one piece; its logits are computed once.
+    """
+    return _summed(scoring, token_loss, _tally(scoring, weights, h, targets, counts), counts)
+
+
+def _sum_forward(
+    scoring: Scoring, token_loss: TokenLoss, weights: list[Any], h: Any, targets: Any, counts: Any
+) -> tuple[tuple[Array, TokenScores], tuple[list[Array | None], Array]]:
+    inputs = [weight.value for weight in weights], h.value, targets.value, counts.value
+    is_trained = any(weight.perturbed for weight in weights)
+    of_head, (tally, of_h) = _tally_with_gradients(scoring, token_loss, is_trained, *inputs)
+    of_weights: list[Array | None] = of_head[0] if is_trained else [None for _ in weights]
+    return _summed(scoring, token_loss, tally, counts.value), (of_weights, of_h)
+
+
+def _sum_backward(
+    scoring: Scoring, token_loss: TokenLoss, saved: tuple[list[Array | None], Array], cotangents: tuple[Any, Any]
+) -> tuple:
+    factor = _dense(cotangents[0])
+    of_weights, of_h = jax.tree.map(lambda x: (x * factor).astype(x.dtype), saved)
+    return of_weights, of_h, None, None
+
+
+sum_losses.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
+
+
+def _summed(scoring: Scoring, token_loss: TokenLoss, tally: Tally, counts: Array) -> tuple[Array, TokenScores]:
+    scores = scoring.said(tally)
+    return jnp.sum(jnp.where(_scored(scores.logps, counts), token_loss(scores.logps), 0.0)), scores
+
+
+def _scored(rows: Array, counts: Int[Array, "B"]) -> Array:
+    """Which positions of each row are among its first `counts`, bool [B, T]."""
+    return jnp.arange(rows.shape[1]) < counts[:, None]
+
+
+def _added(totals: list[Array | None], more: list[Array]) -> list[Array | None]:
+    """Gradients added up; None where none is wanted."""
+    pairs = zip(totals, more, strict=True)
+    return [None if total is None else total + new.astype(total.dtype) for total, new in pairs]
 
 
 def _columns(values: Any) -> Any:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxpost.objectives import logps, vocabulary
-from jaxpost.objectives.logps import next_tokens, score_tokens
-from jaxpost.objectives.sft import SFT
+from jaxpost.objectives.logps import next_tokens, score_batch, score_tokens, sum_batch
+from jaxpost.objectives.sft import SFT, token_losses
 from jaxpost.sharding import make_mesh, shardings
 from tests.conftest import make_batch, make_model
 
@@ -70,7 +72,7 @@ def test_a_head_in_pieces_says_the_same(spec, tied, monkeypatch):
         sliced = jax.device_put(state, shardings(state, mesh))
         (_, scores), gradient = run(sliced, 5)
         tree = jax.tree.structure(nnx.merge(graphdef, sliced).unembedding())
-        scoring = vocabulary.Scoring(tree, 1.0, False, False, 5, 320)
+        scoring = vocabulary.Scoring(tree, size=5, width=320)
         assert vocabulary.in_pieces(scoring, jnp.zeros((8, 24, 32))).pieces == 5
     for a, b in zip(scores, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
@@ -144,6 +146,51 @@ def test_the_logits_of_a_frozen_head_are_computed_once():
 
     assert products(0) == 2  # the logits, and the gradient of h
     assert products((0, 1)) == 4  # the logits twice, and two gradients
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("spec", [None, "data=8", "fsdp=8", "fsdp=2,context=2,tensor=2"])
+def test_summed_losses_are_those_of_the_scores(spec, loss_type, tied, monkeypatch):
+    """In value and gradient, also where the loss is scaled; a chunk and the last one, which is not full."""
+    monkeypatch.setattr(logps, "CHUNK_BYTES_CPU", 4 * 5 * 320)
+    graphdef, state = nnx.split(make_model(tie_word_embeddings=tied))
+    batch, state = jax.tree.map(jnp.asarray, make_batch(rows=8)), nnx.to_pure_dict(state)
+
+    def of_scores(state):
+        scores, mask, _ = score_batch(nnx.merge(graphdef, state), batch)
+        return 3 * jnp.sum(jnp.where(mask, token_losses(scores.logps, loss_type), 0.0)), scores
+
+    def of_sum(state):
+        model = nnx.merge(graphdef, state)
+        total, scores, _, _ = sum_batch(model, batch, partial(token_losses, loss_type=loss_type))
+        return 3 * total, scores
+
+    expected = jax.jit(jax.value_and_grad(of_scores, has_aux=True))(state)
+    mesh = make_mesh(spec, jax.devices()[: 1 if spec is None else 8])
+    with jax.set_mesh(mesh):
+        sliced = jax.device_put(state, shardings(state, mesh))
+        found = jax.jit(jax.value_and_grad(of_sum, has_aux=True))(sliced)
+        alone = jax.jit(of_sum)(sliced)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(expected[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-5)
+
+
+def test_the_logits_of_a_sum_are_computed_once():
+    model, batch = make_model(), jax.tree.map(jnp.asarray, make_batch(rows=2))
+    weights, tree = jax.tree.flatten(model.unembedding())
+    scoring, h = vocabulary.Scoring(tree, size=24, width=320), jnp.ones((2, 24, 32))
+
+    def total(h, weights):
+        return vocabulary.sum_losses(scoring, jnp.negative, weights, h, batch["tokens"], jnp.full(2, 24))[0]
+
+    def products(argnums):
+        return str(jax.make_jaxpr(jax.grad(total, argnums=argnums))(h, weights)).count("dot_general")
+
+    assert products(0) == 2  # the logits, and the gradient of h
+    assert products((0, 1)) == 3  # and that of the head
 
 
 def test_entropy_carries_no_gradient_unless_asked():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from jaxpost.metrics import Mean, masked_mean
 from jaxpost.objectives.base import Batch, Model
 from jaxpost.objectives.vocabulary import Scoring, TokenLoss, TokenScores, in_pieces, score_chunks, sum_losses
 from jaxpost.platform import platform
@@ -47,7 +48,7 @@ def score_batch(model: Model, batch: Batch, **options: Any) -> tuple[TokenScores
 
 def sum_batch(
     model: Model, batch: Batch, token_loss: TokenLoss
-) -> tuple[Float[Array, ""], TokenScores, Bool[Array, "B T"], Float[Array, ""]]:
+) -> tuple[Mean, TokenScores, Bool[Array, "B T"], Float[Array, ""]]:
     """As `score_batch`, for a loss that is a sum over the trained tokens.
 
     Args:
@@ -56,7 +57,7 @@ def sum_batch(
         token_loss: of log-probabilities, each from itself alone.
 
     Returns:
-        (sum of the losses, scores without a gradient, mask of the trained tokens, load-balancing loss of the routers).
+        (the losses, scores without a gradient, mask of the trained tokens, load-balancing loss of the routers).
     """
     targets, mask = next_tokens(batch)
     h, balance = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
@@ -65,7 +66,7 @@ def sum_batch(
         summed: Any = sum_losses(scoring, token_loss, *inputs)
         return summed[0], in_place(summed[1]), mask, balance
     scores = in_place(score_chunks(scoring, *inputs))
-    return jnp.sum(jnp.where(mask, token_loss(scores.logps), 0.0)), lax.stop_gradient(scores), mask, balance
+    return masked_mean(token_loss(scores.logps), mask), lax.stop_gradient(scores), mask, balance
 
 
 def score_tokens(

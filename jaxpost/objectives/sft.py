@@ -48,8 +48,8 @@ class SFT(ObjectiveBase):
         return batch
 
     def loss(self, model: Model, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        total, scores, mask, balance = sum_batch(model, batch, partial(token_losses, loss_type=self.loss_type))
-        loss, routing = self.with_balance(Mean(total, jnp.sum(mask.astype(jnp.float32))), balance)
+        mean, scores, mask, balance = sum_batch(model, batch, partial(token_losses, loss_type=self.loss_type))
+        loss, routing = self.with_balance(mean, balance)
         metrics = {
             "entropy": masked_mean(scores.entropy, mask),
             "mean_token_accuracy": masked_mean(scores.top, mask),

@@ -21,6 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
+from jaxpost.metrics import Mean, masked_mean
 from jaxpost.objectives.tally import Tally, TokenScores, slopes
 from jaxpost.sharding import TOKEN_AXES, by_rows, mesh_axes, token_groups
 
@@ -132,7 +133,7 @@ def _tally_with_gradients(
     h: Array,
     targets: Array,
     counts: Array,
-) -> tuple[list[list[Array | None]], tuple[Tally, Float[Array, "B T D"]]]:
+) -> tuple[list[Array | None], tuple[Tally, Float[Array, "B T D"]]]:
     """And the gradients of the tokens' losses, found while all logits of a token are there.
 
     Returns:
@@ -141,26 +142,24 @@ def _tally_with_gradients(
     dtypes, size = [weight.dtype for weight in weights], scoring.size
 
     def run(weights: list[Array], h: Array, targets: Array, counts: Array) -> tuple[list, tuple[Tally, Array]]:
-        scored = _scored(h, counts)
+        scored, trained = _scored(h, counts), weights if is_trained else []
 
         def of_chunk(index: Array, carry: tuple[list, tuple[Tally, Array]]) -> tuple[list, tuple[Tally, Array]]:
             of_weights, found = carry
             at = partial(_window, index=index, size=size)
             places = scoring.places(at(targets), 0)
-            read, head = (scoring.logits, [weights]) if is_trained else (partial(scoring.logits, weights), [])
-            logits, pull = jax.vjp(read, *head, at(h))
+            logits, pull = jax.vjp(lambda head, h: scoring.logits(head or weights, h), trained, at(h))
             seen = Tally.of(logits, places, details=scoring.details)
             of_logps = jax.grad(lambda logps: jnp.sum(token_loss(logps)))(scoring.said(seen).logps)
             of_logps = jnp.where(at(scored).reshape(-1), of_logps, 0.0)
             known = _columns((seen.normalizer, seen.entropy, of_logps, None))
-            *of_head, new_h = pull(slopes(logits, places, *known))
+            new_weights, new_h = pull(slopes(logits, places, *known))
             new = jax.tree.map(lambda x: x.reshape(len(h), -1), seen), new_h
             found = jax.tree.map(partial(_put_window, index=index, size=size), found, new)
-            return [_added(*pair) for pair in zip(of_weights, of_head, strict=True)], found
+            return _added(of_weights, new_weights), found
 
-        start = [[*map(_zeros, weights, dtypes)]] if is_trained else []
-        nothing = Tally.nothing(targets.shape), jnp.zeros_like(h)
-        return lax.fori_loop(0, _chunks(counts, size), of_chunk, (start, nothing))
+        nothing = [*map(_zeros, trained, dtypes)], (Tally.nothing(targets.shape), jnp.zeros_like(h))
+        return lax.fori_loop(0, _chunks(counts, size), of_chunk, nothing)
 
     return _on_devices(scoring, run, weights, h, targets, counts, sums=True)
 
@@ -206,8 +205,8 @@ score_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sum_losses(
     scoring: Scoring, token_loss: TokenLoss, weights: list[Array], h: Array, targets: Array, counts: Array
-) -> tuple[Float[Array, ""], TokenScores]:
-    """The sum of the losses of the first `counts` [B] positions of each row, and their scores, without a gradient.
+) -> tuple[Mean, TokenScores]:
+    """The losses of the first `counts` [B] positions of each row, added up, and their scores, without a gradient.
 
     Of a vocabulary in one piece; its logits are computed once.
     """
@@ -216,28 +215,27 @@ def sum_losses(
 
 def _sum_forward(
     scoring: Scoring, token_loss: TokenLoss, weights: list[Any], h: Any, targets: Any, counts: Any
-) -> tuple[tuple[Array, TokenScores], tuple[list[Array | None], Array]]:
+) -> tuple[tuple[Mean, TokenScores], tuple[list[Array | None], Array]]:
     inputs = [weight.value for weight in weights], h.value, targets.value, counts.value
     is_trained = any(weight.perturbed for weight in weights)
-    of_head, (tally, of_h) = _tally_with_gradients(scoring, token_loss, is_trained, *inputs)
-    of_weights: list[Array | None] = of_head[0] if is_trained else [None for _ in weights]
+    of_weights, (tally, of_h) = _tally_with_gradients(scoring, token_loss, is_trained, *inputs)
     return _summed(scoring, token_loss, tally, counts.value), (of_weights, of_h)
 
 
 def _sum_backward(
-    scoring: Scoring, token_loss: TokenLoss, saved: tuple[list[Array | None], Array], cotangents: tuple[Any, Any]
+    scoring: Scoring, token_loss: TokenLoss, saved: tuple[list[Array | None], Array], cotangents: tuple[Mean, Any]
 ) -> tuple:
-    factor = _dense(cotangents[0])
+    factor = _dense(cotangents[0].total)
     of_weights, of_h = jax.tree.map(lambda x: (x * factor).astype(x.dtype), saved)
-    return of_weights, of_h, None, None
+    return of_weights or None, of_h, None, None
 
 
 sum_losses.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
 
 
-def _summed(scoring: Scoring, token_loss: TokenLoss, tally: Tally, counts: Array) -> tuple[Array, TokenScores]:
+def _summed(scoring: Scoring, token_loss: TokenLoss, tally: Tally, counts: Array) -> tuple[Mean, TokenScores]:
     scores = scoring.said(tally)
-    return jnp.sum(jnp.where(_scored(scores.logps, counts), token_loss(scores.logps), 0.0)), scores
+    return masked_mean(token_loss(scores.logps), _scored(scores.logps, counts)), scores
 
 
 def _scored(rows: Array, counts: Int[Array, "B"]) -> Array:

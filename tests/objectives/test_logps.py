@@ -159,12 +159,12 @@ def test_summed_losses_are_those_of_the_scores(spec, loss_type, tied, monkeypatc
 
     def of_scores(state):
         scores, mask, _ = score_batch(nnx.merge(graphdef, state), batch)
-        return 3 * jnp.sum(jnp.where(mask, token_losses(scores.logps, loss_type), 0.0)), scores
+        return 3 * jnp.sum(jnp.where(mask, token_losses(scores.logps, loss_type), 0.0)), (scores, 0.0)
 
     def of_sum(state):
         model = nnx.merge(graphdef, state)
-        total, scores, _, _ = sum_batch(model, batch, partial(token_losses, loss_type=loss_type))
-        return 3 * total, scores
+        mean, scores, mask, _ = sum_batch(model, batch, partial(token_losses, loss_type=loss_type))
+        return 3 * mean.total, (scores, mean.count - jnp.sum(mask))
 
     expected = jax.jit(jax.value_and_grad(of_scores, has_aux=True))(state)
     mesh = make_mesh(spec, jax.devices()[: 1 if spec is None else 8])
@@ -184,7 +184,7 @@ def test_the_logits_of_a_sum_are_computed_once():
     scoring, h = vocabulary.Scoring(tree, size=24, width=320), jnp.ones((2, 24, 32))
 
     def total(h, weights):
-        return vocabulary.sum_losses(scoring, jnp.negative, weights, h, batch["tokens"], jnp.full(2, 24))[0]
+        return vocabulary.sum_losses(scoring, jnp.negative, weights, h, batch["tokens"], jnp.full(2, 24))[0].total
 
     def products(argnums):
         return str(jax.make_jaxpr(jax.grad(total, argnums=argnums))(h, weights)).count("dot_general")

@@ -90,12 +90,9 @@ class Comparison(NamedTuple):
             low, high = min(self.values[name]), max(self.values[name])
             return f"{name} {median:.4g}" + (f" ({low:.4g} to {high:.4g})" if len(self.values[name]) > 1 else "")
 
+        sides = ", ".join(told(*side) for side in self.medians.items())
         ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in self.ratios.items())
-        return (
-            ", ".join(told(*side) for side in self.medians.items())
-            + f" {self.unit}"
-            + (f": {ratios}" if ratios else "")
-        )
+        return f"{sides} {self.unit}" + (f": {ratios}" if ratios else "")
 
 
 def store(output: str | None, what: str, figure: str, found: Mapping[str, Any]) -> None:

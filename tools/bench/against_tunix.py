@@ -9,7 +9,8 @@ do, without recomputing activations; steps count from WARM on. sft: all tokens a
 padded to the longest of all of them, since its trainer takes batches of one shape, jaxpost the rows. --dense N takes
 the same tokens in rows of N, and nothing is padded. tokens/s counts real tokens. grpo: 8 completions of a prompt, of at
 most --max_completion_length tokens, rewarded where the last number is the answer; each library learns from what it
-samples itself, and completions/s are compared: they are as long as the model makes them.
+samples itself, and completions/s are compared: they are as long as the model makes them. Tunix accumulates gradients
+over the prompts of a step: 64 completions of word problems at once take it more than 24 GB.
 """
 
 import argparse
@@ -166,7 +167,8 @@ def tunix_grpo(args: argparse.Namespace, rows: list[dict[str, Any]], model: Any,
         eval_every_n_steps=10**6,
         max_steps=args.steps,
         mini_batch_size=prompts,
-        train_micro_batch_size=prompts,
+        train_micro_batch_size=1,
+        compute_logps_micro_batch_size=1,
     )
     rollout = RolloutConfig(
         max_tokens_to_generate=args.max_completion_length,

@@ -26,7 +26,9 @@ class Xla:
         import jax
         import jax.numpy as jnp
 
-        multiply = jax.jit(jnp.matmul)
+        # On CPU XLA multiplies bfloat16 natively only where the result is float32 (jaxpost/models/product.py).
+        given = jnp.float32 if jax.default_backend() == "cpu" else None
+        multiply = jax.jit(lambda x, kernel: jnp.matmul(x, kernel, preferred_element_type=given))
         pairs = [(jnp.ones((rows, m), dtype), jnp.ones((m, n), dtype)) for m, n in kernels]
         return lambda: jax.block_until_ready([multiply(*pair) for _ in range(CALLS) for pair in pairs])
 

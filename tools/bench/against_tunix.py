@@ -9,8 +9,8 @@ do, without recomputing activations; steps count from WARM on. sft: all tokens a
 padded to the longest of all of them, since its trainer takes batches of one shape, jaxpost the rows. --dense N takes
 the same tokens in rows of N, and nothing is padded. tokens/s counts real tokens. grpo: 8 completions of a prompt, of at
 most --max_completion_length tokens, rewarded where the last number is the answer; each library learns from what it
-samples itself, and completions/s are compared: they are as long as the model makes them. Tunix accumulates gradients
-over the prompts of a step: 64 completions of word problems at once take it more than 24 GB.
+samples itself, and completions/s are compared: they are as long as the model makes them. Tunix samples all of a step at
+once and accumulates gradients over its prompts: training on 64 word problems at once takes it more than 24 GB.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def tunix_grpo(args: argparse.Namespace, rows: list[dict[str, Any]], model: Any,
         max_steps=args.steps,
         mini_batch_size=prompts,
         train_micro_batch_size=1,
-        compute_logps_micro_batch_size=1,
+        rollout_micro_batch_size=prompts,  # by default as many as are trained on at once
     )
     rollout = RolloutConfig(
         max_tokens_to_generate=args.max_completion_length,
